@@ -1,0 +1,92 @@
+"""slt_planner: a model and memory budgets go in; a schedule that provably fits, and the accuracy it buys, come out.
+
+The names below are the whole public API; they are loaded when first used, so that importing the package is cheap.
+"""
+
+import os
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+__version__ = version("slt-planner")
+
+# Without this torch's profiler writes lines of its own to stderr at every measurement.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+if TYPE_CHECKING:
+    from slt_planner.config import Config, Optimizer, StepSpec, Tier
+    from slt_planner.errors import InfeasibleError, InputError, SltError, UnsupportedLayerError
+    from slt_planner.federated.experiment import train
+    from slt_planner.federated.result import RunResult
+    from slt_planner.federated.run_folder import load_run
+    from slt_planner.graph.trace import ModelGraph, trace
+    from slt_planner.memory.measure import measure
+    from slt_planner.memory.profile import MemoryProfile
+    from slt_planner.models.registry import load_model
+    from slt_planner.planning.plan import Plan, load_plan
+    from slt_planner.planning.solve import solve
+    from slt_planner.reporting.report import report
+    from slt_planner.submodel.extract import SubModel, extract
+    from slt_planner.submodel.merge import merge
+
+_HOME = {
+    "Config": "config",
+    "InfeasibleError": "errors",
+    "InputError": "errors",
+    "MemoryProfile": "memory.profile",
+    "ModelGraph": "graph.trace",
+    "Optimizer": "config",
+    "Plan": "planning.plan",
+    "RunResult": "federated.result",
+    "SltError": "errors",
+    "StepSpec": "config",
+    "SubModel": "submodel.extract",
+    "Tier": "config",
+    "UnsupportedLayerError": "errors",
+    "extract": "submodel.extract",
+    "load_model": "models.registry",
+    "load_plan": "planning.plan",
+    "load_run": "federated.run_folder",
+    "measure": "memory.measure",
+    "merge": "submodel.merge",
+    "report": "reporting.report",
+    "solve": "planning.solve",
+    "trace": "graph.trace",
+    "train": "federated.experiment",
+}
+
+__all__ = [
+    "Config",
+    "InfeasibleError",
+    "InputError",
+    "MemoryProfile",
+    "ModelGraph",
+    "Optimizer",
+    "Plan",
+    "RunResult",
+    "SltError",
+    "StepSpec",
+    "SubModel",
+    "Tier",
+    "UnsupportedLayerError",
+    "extract",
+    "load_model",
+    "load_plan",
+    "load_run",
+    "measure",
+    "merge",
+    "report",
+    "solve",
+    "trace",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,64 @@
+"""What all commands share: consoles, and errors told in one line with the right exit code."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from slt_planner.errors import InputError, SltError
+
+# Some versions of typer bring their own copy of click, others use the installed one; this is UsageError in both.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+def consoles(json_output: bool) -> tuple[Console, Console]:
+    """Where results and where progress go: with --json, stdout is kept for the JSON."""
+    errors = Console(stderr=True)
+    return (errors if json_output else Console(), errors)
+
+
+def run(app: typer.Typer, name: str) -> None:
+    """Run a command line; an error of the user's becomes one line on stderr and its exit code."""
+    sys.exit(_exit_code(typer.main.get_command(app), name))
+
+
+def _exit_code(command: Any, name: str) -> int:
+    try:
+        return command.main(prog_name=name, standalone_mode=False) or 0
+    except _UsageError as error:
+        return _say(name, error.format_message(), InputError.exit_code)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        return _say(name, f"{option} {first['input']}: {first['msg']}", InputError.exit_code)
+    except SltError as error:
+        return _say(name, str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say(name, "interrupted", 1)
+
+
+def _say(name: str, message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(f"{name}: error: {line}", file=sys.stderr)
+    return code
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Positive whole numbers of a comma-separated list.
+
+    Raises:
+        InputError: something else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{option} {text!r}: give positive whole numbers with commas, such as 3,64,64")
+    return tuple(int(part) for part in parts)
+
+
+def command_line() -> str:
+    """The command as it was given, quoted for a shell."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,105 @@
+"""`slt-plan`: a model and budgets go in, plan.json and a report come out."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from slt_planner.cli.common import command_line, consoles, numbers
+from slt_planner.config import Config, Optimizer, StepSpec, Tier, equal_tiers
+from slt_planner.errors import InputError
+from slt_planner.files import refuse_existing
+from slt_planner.planning.plan import Plan
+from slt_planner.reporting.html import report_paths
+from slt_planner.reporting.report import report as write_report
+from slt_planner.reporting.terminal import plan_table
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="resnet20/32/44/56, ..._pad, or a torchvision network such as resnet50.")
+    ],
+    budgets: Annotated[str, typer.Option(help="Memory budgets, one a device tier: 64,128,256MB (or MiB, GB).")],
+    batch_size: Annotated[int, typer.Option(help="Images in one training step.")] = 128,
+    optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9), adam or adamw.")] = "sgd",
+    weight_decay: Annotated[float, typer.Option(help="Weight decay; it moves the peak.")] = 1e-3,
+    norms: Annotated[
+        str,
+        typer.Option(help="Batch norms: static (batch statistics always) or running."),
+    ] = "static",
+    memory_format: Annotated[str, typer.Option(help="contiguous or channels_last.")] = "contiguous",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; scratch memory depends on them.")] = None,
+    device: Annotated[str, typer.Option(help="Where steps are measured: cpu.")] = "cpu",
+    policy: Annotated[
+        str,
+        typer.Option(help="coupled: all tiers share depth and head scale of a stage."),
+    ] = "coupled",
+    input_shape: Annotated[str | None, typer.Option(help="Of one sample, such as 3,64,64.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Outputs of the network.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
+    report: Annotated[Path | None, typer.Option(help="Where the HTML report (and its PNG) is written.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
+) -> None:
+    """Find the largest schedule that fits each budget, by measuring real training steps.
+
+    Prints a table and writes plan.json and a report (HTML and PNG).
+    """
+    report = report or Path("reports") / f"{out.stem}.html"
+    if not force:
+        refuse_existing([out, *report_paths(report)])
+    console, progress_console = consoles(json_output)
+    tiers = equal_tiers(budgets)
+    spec = StepSpec.model_validate(
+        {
+            "batch_size": batch_size,
+            "optimizer": Optimizer.model_validate({"name": optimizer, "weight_decay": weight_decay}),
+            "norms": norms,
+            "memory_format": memory_format,
+            "threads": threads,
+            "device": device,
+        }
+    )
+    if policy != "coupled":
+        raise InputError(f"unknown policy {policy!r}; known is coupled")
+    shape = numbers(input_shape, "--input-shape") if input_shape else None
+    solved = _solve(model, tiers, spec, shape, num_classes, progress_console)
+    solved.save(out, force=force)
+    write_report(solved, report, force=force, command=command_line())
+    if json_output:
+        print(solved.model_dump_json(indent=2))
+    console.print(plan_table(solved))
+    console.print(f"Written: {out}, {', '.join(str(path) for path in report_paths(report))}", soft_wrap=True)
+
+
+def _solve(
+    model: str,
+    tiers: tuple[Tier, ...],
+    spec: StepSpec,
+    input_shape: tuple[int, ...] | None,
+    num_classes: int | None,
+    console: Console,
+) -> Plan:
+    # torch is imported only once the command line is known to be right
+    from slt_planner.graph.trace import trace
+    from slt_planner.models.registry import find_model, load_model
+    from slt_planner.planning.solve import solve
+
+    entry = find_model(model)
+    graph = trace(load_model(model, num_classes), input_shape or entry.input_shape)
+    began, count = time.perf_counter(), 0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"{model}: measuring training steps", total=None)
+
+        def measured(number: int, config: Config) -> None:
+            nonlocal count
+            count = number
+            bar.update(task, description=f"{model}: measured {number} training steps, the last {config}")
+
+        solved = solve(graph, tiers, spec, model, measured)
+    console.print(f"{model}: measured {count} training steps in {time.perf_counter() - began:.0f} s")
+    return solved

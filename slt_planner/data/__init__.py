@@ -1,0 +1,1 @@
+"""Images as tensors, and their split over clients."""

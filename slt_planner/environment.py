@@ -1,0 +1,28 @@
+"""What a measurement was made on; written into every result."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from slt_planner import __version__
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Versions, processor and threads, as text."""
+    return {
+        "slt_planner": __version__,
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": str(threads),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

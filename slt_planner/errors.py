@@ -1,0 +1,23 @@
+"""The errors users can meet; each carries the exit code the commands end with."""
+
+
+class SltError(Exception):
+    """Base of all errors that are told to the user in one line."""
+
+    exit_code = 1
+
+
+class InputError(SltError, ValueError):
+    """Something the user gave is wrong: the message says what, where, and what would be right."""
+
+    exit_code = 2
+
+
+class UnsupportedLayerError(InputError):
+    """The network holds a layer or operation that has no width rule; nothing is guessed."""
+
+
+class InfeasibleError(SltError):
+    """No tier's budget admits a schedule."""
+
+    exit_code = 3

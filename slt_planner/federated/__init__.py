@@ -1,0 +1,1 @@
+"""A plan goes in, a federated run comes out."""

@@ -1,0 +1,77 @@
+"""What a client does: local training of its sub-model on its own images."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slt_planner.config import StepSettings
+from slt_planner.data.augment import random_crop_flip
+from slt_planner.data.datasets import Dataset, normalise
+from slt_planner.memory.step import make_optimizer, memory_format, training_step
+from slt_planner.submodel.extract import SubModel
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains: epochs over its images in batches of `batch_size`, at one learning rate a round."""
+
+    step: StepSettings
+    batch_size: int
+    epochs: int
+    learning_rate: float
+
+
+def train_client(model: SubModel, dataset: Dataset, indices: np.ndarray, training: LocalTraining, seed: int) -> float:
+    """Train a sub-model in place on the training images `indices`, with a fresh optimizer; gives the mean loss.
+
+    All randomness (order, augmentation, dropout) derives from `seed`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        model.to(memory_format=memory_format(training.step)).train()
+        optimizer = make_optimizer(model.parameters(), training.step.optimizer, training.learning_rate)
+        total, images = torch.zeros(()), 0
+        for batch, labels in local_batches(dataset, indices, training, generator):
+            total += training_step(model, optimizer, batch, labels, training.step) * len(labels)
+            images += len(labels)
+    return float(total) / images
+
+
+def local_batches(
+    dataset: Dataset, indices: np.ndarray, training: LocalTraining, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled, augmented batches of (images (n, C, H, W), labels (n,)); a tail of one image is dropped.
+
+    Batch statistics of a single image at one position are not defined.
+    """
+    own = torch.as_tensor(indices)
+    for _ in range(training.epochs):
+        order = own[torch.randperm(len(own), generator=generator)]
+        for chosen in order.split(training.batch_size):
+            if len(chosen) < 2 and len(order) > 1:
+                continue
+            images = dataset.train_images[chosen]
+            if dataset.augment:
+                images = random_crop_flip(images, generator)
+            batch = normalise(images, dataset).to(memory_format=memory_format(training.step))
+            yield batch, dataset.train_labels[chosen]
+
+
+def client_seed(seed: int, round_number: int, client: int) -> int:
+    """A client's own seed in a round: the same whoever runs it, and in whatever order."""
+    return int(np.random.SeedSequence([seed, round_number, client]).generate_state(1)[0])
+
+
+def learning_rate(round_number: int, rounds: int, first: float, last: float) -> float:
+    """Cosine from `first` in round 1 to `last` in the final round.
+
+    >>> [round(learning_rate(r, 3, 0.1, 0.01), 3) for r in (1, 2, 3)]
+    [0.1, 0.055, 0.01]
+    """
+    progress = (round_number - 1) / max(1, rounds - 1)
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2

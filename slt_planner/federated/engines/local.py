@@ -1,0 +1,66 @@
+"""The local engine: the clients of a round one after the other, in this process."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from slt_planner.config import Config, Norms
+from slt_planner.data.datasets import Dataset
+from slt_planner.federated.client import LocalTraining, client_seed, train_client
+from slt_planner.federated.strategies.base import ServerState
+from slt_planner.graph.trace import ModelGraph
+from slt_planner.submodel.extract import extract
+from slt_planner.submodel.merge import Update
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A client of this round's cohort: what it trains, and on which training images."""
+
+    client: int
+    config: Config
+    indices: np.ndarray
+
+
+@dataclass
+class RoundLog:
+    """What a round cost, filled in as its clients finish."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    refused: int = 0
+    losses: list[float] = field(default_factory=list)
+    train_seconds: float = 0.0
+
+
+def run_clients(
+    graph: ModelGraph,
+    state: ServerState,
+    cohort: Sequence[Assignment],
+    dataset: Dataset,
+    norms: Norms,
+    training: LocalTraining,
+    seed: int,
+    log: RoundLog,
+) -> Iterator[Update]:
+    """Train each client and yield its update, in the cohort's order; only one sub-model is alive at a time.
+
+    An update that is not finite is refused and counted, and the round goes on without it.
+    """
+    for assignment in cohort:
+        began = time.perf_counter()
+        model = extract(graph, state.weights, assignment.config, norms)
+        log.bytes_down += sum(tensor.nbytes for tensor in model.state_dict().values())
+        own_seed = client_seed(seed, state.round + 1, assignment.client)
+        loss = train_client(model, dataset, assignment.indices, training, own_seed)
+        trained = model.trained_state()
+        log.bytes_up += sum(tensor.nbytes for tensor in trained.values())
+        log.train_seconds += time.perf_counter() - began
+        if all(bool(torch.isfinite(tensor).all()) for tensor in trained.values()):
+            log.losses.append(loss)
+            yield assignment.config, trained, len(assignment.indices)
+        else:
+            log.refused += 1

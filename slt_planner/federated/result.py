@@ -1,0 +1,100 @@
+"""What a federated run leaves: its settings, one row a round, and its totals. Records only, no torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from slt_planner.config import Config, Record
+from slt_planner.planning.plan import Plan
+
+
+class RunSettings(Record):
+    """Everything but the plan that a run is made from; saved, with the plan, as config.json.
+
+    `dataset` is what was given (``digits`` or ``parquet:DIR``), `partition` ``iid`` or ``dirichlet:ALPHA``. The
+    learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the rounds.
+    """
+
+    strategy: Literal["slt", "small"]
+    dataset: str
+    rounds: int = Field(ge=1)
+    clients: int = Field(ge=1)
+    cohort_size: int = Field(ge=1)
+    local_epochs: int = Field(default=1, ge=1)
+    local_batch: int = Field(ge=2)
+    learning_rate: float = Field(default=0.1, gt=0)
+    final_learning_rate: float = Field(default=0.01, ge=0)
+    partition: str = "iid"
+    seed: int = Field(default=0, ge=0)
+
+
+class RoundRow(Record):
+    """One round, one line of metrics.jsonl.
+
+    `accuracy` (0 to 1) and `loss` are of the sub-model trained this round, on the test images. `measured_peak_bytes` is
+    a client's measured step at the local batch, allocator ruler, by tier. `seconds` = `train_seconds` + evaluation
+    and the rest.
+    """
+
+    round: int = Field(ge=1)
+    stage: int = Field(ge=0)
+    config: Config
+    learning_rate: float
+    accuracy: float = Field(ge=0, le=1)
+    loss: float
+    train_loss: float
+    bytes_up: int
+    bytes_down: int
+    clients: int
+    refused: int
+    measured_peak_bytes: dict[str, int]
+    train_seconds: float
+    seconds: float
+
+
+class RunTier(Record):
+    """A tier as it took part: its budget, its clients, and a client's highest measured peak over the run."""
+
+    name: str
+    budget_bytes: int
+    clients: int
+    takes_part: bool
+    measured_peak_bytes: int | None = None
+
+
+class RunResult(Record):
+    """A run of one strategy with one seed, finished or stopped.
+
+    `accuracy_batch_statistics` and `accuracy_running_statistics` are of the final network on the test images, with
+    norms as trained (statistics of batches of 1,024) and with running statistics recalibrated on the server's images;
+    None when the run was stopped before its end.
+    """
+
+    settings: RunSettings
+    plan: Plan
+    dataset_title: str
+    train_images: int
+    test_images: int
+    head_scale: float | None = None
+    tiers: tuple[RunTier, ...]
+    rows: tuple[RoundRow, ...] = ()
+    status: Literal["finished", "stopped"]
+    accuracy_batch_statistics: float | None = None
+    accuracy_running_statistics: float | None = None
+    environment: dict[str, str]
+
+    @property
+    def title(self) -> str:
+        """The run's name where several are shown."""
+        return f"{self.settings.strategy}-seed{self.settings.seed}"
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes uploaded by all clients in all rounds."""
+        return sum(row.bytes_up for row in self.rows)
+
+    @property
+    def mean_last_accuracy(self) -> float | None:
+        """Mean test accuracy of the last five rounds, the figure that runs are compared by."""
+        last = [row.accuracy for row in self.rows[-5:]]
+        return sum(last) / len(last) if last else None

@@ -1,0 +1,62 @@
+"""A run folder: config.json, metrics.jsonl and weights.safetensors, readable at every moment of a run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors.torch import save
+from torch import Tensor
+
+from slt_planner.config import Config
+from slt_planner.errors import InputError
+from slt_planner.federated.result import RoundRow, RunResult
+from slt_planner.files import refuse_existing, write_bytes, write_text
+
+SETTINGS, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
+
+
+class RunFolder:
+    """The files of a run in the making.
+
+    Raises:
+        InputError: the folder exists and `force` is False, or it cannot be made.
+    """
+
+    def __init__(self, path: Path, force: bool = False) -> None:
+        if not force:
+            refuse_existing([path])
+        self.path = path
+        write_text(path / METRICS, "", force=True)
+
+    def write_settings(self, result: RunResult) -> None:
+        """config.json: everything needed to make the run again, and what it has come to so far."""
+        write_text(self.path / SETTINGS, result.model_dump_json(indent=2, exclude={"rows"}) + "\n", force=True)
+
+    def append(self, row: RoundRow) -> None:
+        """Add a round to metrics.jsonl."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(row.model_dump_json() + "\n")
+
+    def write_weights(self, weights: Mapping[str, Tensor], config: Config) -> None:
+        """The global model's state dict, and in its metadata the configuration that it was last evaluated in."""
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        content = save(tensors, metadata={"config": config.model_dump_json()})
+        write_bytes(self.path / WEIGHTS, content, force=True)
+
+
+def load_run(folder: str | Path) -> RunResult:
+    """Read a run folder, finished or stopped; a line of metrics that a crash cut short is left out.
+
+    Raises:
+        InputError: not a run folder, or one whose files are not what a run writes.
+    """
+    folder = Path(folder)
+    try:
+        result = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        *lines, _unfinished = (folder / METRICS).read_text(encoding="utf-8").split("\n")
+        return RunResult.model_validate({**result, "rows": [json.loads(line) for line in lines]})
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"run {folder}: {SETTINGS} or {METRICS} cannot be read; is it a run folder?") from error
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise InputError(f"run {folder}: not a valid run ({str(error).splitlines()[0]})") from error

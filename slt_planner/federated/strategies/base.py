@@ -1,0 +1,45 @@
+"""The interface of a federated method: init and apply over a state that is never edited in place."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from slt_planner.config import Config
+from slt_planner.graph.trace import ModelGraph
+from slt_planner.submodel.merge import Update, merge
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The global model (a full state dict) after `round` rounds."""
+
+    round: int
+    weights: Mapping[str, Tensor]
+
+
+class Strategy(Protocol):
+    """A federated method. Rounds count from 1; a state of `round` r is about to do round r + 1."""
+
+    def stage(self, state: ServerState) -> int:
+        """The stage (from 0) of the next round; a method without stages is always in stage 0."""
+        ...
+
+    def client_config(self, state: ServerState, tier: str) -> Config | None:
+        """What a client of a tier trains in the next round; None if the tier sits out."""
+        ...
+
+    def evaluation_config(self, state: ServerState) -> Config:
+        """The sub-model that the next round is judged by: the widest that it trains."""
+        ...
+
+
+def init(model: nn.Module) -> ServerState:
+    """The state before the first round; a copy of the model's values."""
+    return ServerState(0, {name: value.detach().clone() for name, value in model.state_dict().items()})
+
+
+def apply(graph: ModelGraph, state: ServerState, updates: Iterable[Update]) -> ServerState:
+    """The state after a round: trained elements averaged over the clients that trained them, by their samples."""
+    return replace(state, round=state.round + 1, weights=merge(graph, state.weights, updates))

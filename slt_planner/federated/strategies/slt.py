@@ -1,0 +1,35 @@
+"""Successive Layer Training (arXiv 2305.17005): every tier follows its stages of the plan."""
+
+from bisect import bisect_right
+from itertools import accumulate
+
+from slt_planner.config import Config
+from slt_planner.federated.strategies.base import ServerState
+from slt_planner.planning.plan import Plan
+from slt_planner.planning.rounds import deal_rounds
+
+
+class SuccessiveLayerTraining:
+    """The plan's schedule over a number of rounds.
+
+    Raises:
+        InputError: fewer rounds than stages.
+    """
+
+    def __init__(self, plan: Plan, rounds: int) -> None:
+        self._stages = {tier.name: [stage.config for stage in tier.stages] for tier in plan.tiers}
+        self._binding = plan.binding_tier.name
+        self._last_rounds = list(accumulate(deal_rounds(rounds, [s.rounds_fraction for s in plan.stages])))
+
+    def stage(self, state: ServerState) -> int:
+        """The stage that the next round belongs to."""
+        return min(bisect_right(self._last_rounds, state.round), len(self._last_rounds) - 1)
+
+    def client_config(self, state: ServerState, tier: str) -> Config | None:
+        """The tier's configuration in this stage; an infeasible tier has none."""
+        stages = self._stages[tier]
+        return stages[self.stage(state)] if stages else None
+
+    def evaluation_config(self, state: ServerState) -> Config:
+        """All tiers share full_depth and head_scale, so they all evaluate the same network."""
+        return self._stages[self._binding][self.stage(state)]

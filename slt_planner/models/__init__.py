@@ -1,0 +1,1 @@
+"""Reference networks and the registry of their names."""

@@ -1,0 +1,1 @@
+"""Tiers and a ModelGraph go in, a plan comes out."""

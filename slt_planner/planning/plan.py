@@ -1,0 +1,181 @@
+"""plan.json: the records of a plan, read and written. Plans are data, never code; no torch here."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from slt_planner.config import Config, Record, StepSettings, StepSpec
+from slt_planner.errors import InputError
+from slt_planner.files import write_text
+from slt_planner.memory.profile import Category, MemoryProfile
+
+LimitedBy = Literal["budget", "later_stage", "weakest_tier", "full"]
+
+
+class PlannedModel(Record):
+    """Which network the plan is for; `name` is what was given on the command line, None for a module in memory."""
+
+    name: str | None
+    graph_hash: str
+    unit_names: tuple[str, ...]
+
+    @property
+    def depth(self) -> int:
+        """K, the number of freeze units."""
+        return len(self.unit_names)
+
+
+class Stage(Record):
+    """One step of the schedule, shared by all tiers.
+
+    `limited_by` says what set head_scale: the binding tier's ``budget``, a ``later_stage`` (a head never shrinks), or
+    nothing (``full``).
+    """
+
+    full_depth: int = Field(ge=0)
+    head_scale: float = Field(gt=0, le=1)
+    rounds_fraction: float = Field(gt=0, le=1)
+    limited_by: LimitedBy
+
+
+class TierStage(Record):
+    """What one tier does in one stage, and what it costs there.
+
+    `measured_peak_bytes` is on the allocator ruler; `measured_breakdown` adds up to it. `predicted_peak_bytes` is None
+    where nothing was predicted. `upload_bytes` are the trained parameters, sent once a round by each client.
+    `train_flops_per_sample` counts a multiply and an add as two; the frozen part runs forward only.
+    """
+
+    freeze_depth: int = Field(ge=0)
+    full_depth: int = Field(ge=0)
+    head_scale: float = Field(gt=0, le=1)
+    limited_by: LimitedBy
+    predicted_peak_bytes: int | None = None
+    measured_peak_bytes: int = Field(gt=0)
+    measured_breakdown: dict[Category, int]
+    levers: tuple[str, ...] = ()
+    trainable_parameters: int = Field(gt=0)
+    upload_bytes: int = Field(gt=0)
+    train_flops_per_sample: int = Field(gt=0)
+
+    @property
+    def config(self) -> Config:
+        """The configuration to extract."""
+        return Config(freeze_depth=self.freeze_depth, full_depth=self.full_depth, head_scale=self.head_scale)
+
+
+class Proof(Record):
+    """A measurement over budget: one notch more than stage number `stage` (from 0) does not fit.
+
+    ``wider_head`` is the next legal head scale at (K_T - 1, K_T), for the tier that binds; ``less_frozen`` is one
+    freeze unit less at the stage's own scale, for every tier.
+    """
+
+    stage: int = Field(ge=0)
+    kind: Literal["wider_head", "less_frozen"]
+    freeze_depth: int = Field(ge=0)
+    full_depth: int = Field(ge=0)
+    head_scale: float = Field(gt=0, le=1)
+    measured_peak_bytes: int = Field(gt=0)
+
+    @property
+    def config(self) -> Config:
+        """The configuration that is over budget."""
+        return Config(freeze_depth=self.freeze_depth, full_depth=self.full_depth, head_scale=self.head_scale)
+
+
+class TierPlan(Record):
+    """One device tier's answer. `status` says what the tier could do alone: ``full`` = train the whole network."""
+
+    name: str
+    budget_bytes: int = Field(gt=0)
+    share: float = Field(gt=0, le=1)
+    status: Literal["full", "scheduled", "infeasible"]
+    reason: str | None = None
+    smallest_budget_bytes: int | None = None
+    stages: tuple[TierStage, ...] = ()
+    proofs: tuple[Proof, ...] = ()
+
+
+class Plan(Record):
+    """A schedule for every tier, with the measurements that prove it. Saved as plan.json."""
+
+    schema_version: Literal[1] = 1
+    model: PlannedModel
+    input_shape: tuple[int, ...]
+    num_classes: int = Field(ge=1)
+    batch_size: int = Field(ge=2)
+    step: StepSettings
+    policy: Literal["coupled"] = "coupled"
+    environment: dict[str, str]
+    full_network: MemoryProfile
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    tiers: tuple[TierPlan, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _stages_line_up(self) -> "Plan":
+        for tier in self.tiers:
+            if tier.status == "infeasible":
+                if tier.stages or not tier.reason:
+                    raise ValueError(f"tier {tier.name}: an infeasible tier has a reason and no stages")
+                continue
+            shared = [(stage.full_depth, stage.head_scale) for stage in self.stages]
+            own = [(stage.full_depth, stage.head_scale) for stage in tier.stages]
+            if own != shared:
+                raise ValueError(f"tier {tier.name}: its stages differ from the plan's")
+            for number, stage in enumerate(tier.stages):
+                if stage.full_depth > self.model.depth:
+                    raise ValueError(f"stage {number}: full_depth is beyond the last unit, {self.model.depth}")
+                if stage.config and stage.measured_peak_bytes > tier.budget_bytes:
+                    raise ValueError(f"tier {tier.name}, stage {number}: measured peak is over the budget")
+        if not self.feasible_tiers:
+            raise ValueError("no tier is feasible")
+        return self
+
+    @property
+    def spec(self) -> StepSpec:
+        """The training step the plan was measured with."""
+        return StepSpec(batch_size=self.batch_size, **self.step.model_dump())
+
+    @property
+    def feasible_tiers(self) -> tuple[TierPlan, ...]:
+        """The tiers that take part."""
+        return tuple(tier for tier in self.tiers if tier.status != "infeasible")
+
+    @property
+    def binding_tier(self) -> TierPlan:
+        """The weakest feasible tier: its budget sets full_depth and head_scale."""
+        return min(self.feasible_tiers, key=lambda tier: tier.budget_bytes)
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write plan.json, whole or not at all.
+
+        Raises:
+            InputError: the file exists and `force` is False, or its folder cannot be written.
+        """
+        write_text(path, self.model_dump_json(indent=2) + "\n", force=force)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read and check a plan.json.
+
+    Raises:
+        InputError: missing, not JSON, or not a valid plan; the message names the first offending field.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"plan {path}: cannot be read ({reason}); make one with slt-plan") from error
+    try:
+        return Plan.model_validate(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise InputError(f"plan {path}: not JSON (line {error.lineno}: {error.msg})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the plan"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise InputError(f"plan {path}: {where}: {first['msg']}{more}") from error

@@ -1,0 +1,75 @@
+"""Bytes as people write them: MB = 10^6, MiB = 2^20 (GB, GiB, kB, KiB likewise)."""
+
+import re
+
+from slt_planner.errors import InputError
+
+_BYTES_PER_UNIT = {
+    "B": 1,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+}
+_BY_LOWER_CASE = {unit.lower(): unit for unit in _BYTES_PER_UNIT}
+_AMOUNT = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_LARGEST = 2**50  # a pebibyte: more is a slip of the keyboard
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of an amount such as ``"64MB"`` or ``"1.5 GiB"``.
+
+    >>> parse_bytes("64MB"), parse_bytes("1KiB")
+    (64000000, 1024)
+
+    Raises:
+        InputError: no number, no unit, an unknown unit, or an amount that is not between 1 B and 1 PiB.
+    """
+    match = _AMOUNT.fullmatch(text)
+    if match is None:
+        raise InputError(f"memory budget {text!r}: not an amount; write a number and a unit, such as 64MB")
+    number, unit = match.groups()
+    if not unit:
+        raise InputError(f"memory budget {text!r} has no unit; write for example {number}MB or {number}MiB")
+    if unit.lower() not in _BY_LOWER_CASE:
+        known = ", ".join(_BYTES_PER_UNIT)
+        raise InputError(f"memory budget {text!r}: unknown unit {unit!r}; known units are {known}")
+    amount = float(number) * _BYTES_PER_UNIT[_BY_LOWER_CASE[unit.lower()]]
+    if not 1 <= amount <= _LARGEST:
+        raise InputError(f"memory budget {text!r} is out of range; it must be between 1 B and 1 PiB")
+    return int(amount)
+
+
+def parse_budgets(text: str) -> dict[str, int]:
+    """Budgets of a comma-separated list, by their name; a unit at the end holds for all that have none.
+
+    >>> parse_budgets("64,128,256MB")
+    {'64MB': 64000000, '128MB': 128000000, '256MB': 256000000}
+
+    Raises:
+        InputError: as `parse_bytes`, or a budget given twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    last = re.search(r"[A-Za-z]+$", parts[-1])
+    shared_unit = last.group() if last else ""
+    budgets: dict[str, int] = {}
+    for part in parts:
+        name = part if re.search(r"[A-Za-z]", part) else part + shared_unit
+        if parse_bytes(name) in budgets.values():
+            raise InputError(f"memory budgets {text!r}: {name} is given twice; give each budget once")
+        budgets[name] = parse_bytes(name)
+    return budgets
+
+
+def format_bytes(number: int) -> str:
+    """An amount of bytes for people, in decimal units with three to four digits.
+
+    >>> format_bytes(54_273_664)
+    '54.3 MB'
+    """
+    for unit in ("GB", "MB", "kB"):
+        if abs(number) >= _BYTES_PER_UNIT[unit]:
+            return f"{number / _BYTES_PER_UNIT[unit]:.1f} {unit}"
+    return f"{number} B"
