@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,13 +11,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 
-def plain_peak(make: "callable", batch: int, momentum: float = 0.9, weight_decay: float = 1e-3) -> int:
-    """Highest "Total Allocated" of the third step; everything is made inside the recording, so nothing is assumed."""
+def plain_peak(make: Callable[[], nn.Module], batch: int, steps: int = 3) -> int:
+    """Highest sum of live bytes in the last step; everything is made inside the recording, so nothing is assumed."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model: nn.Module = make()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=0.1, momentum=momentum, weight_decay=weight_decay)
-        for step in range(3):
+        optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=1e-3)
+        for step in range(steps):
             with record_function(f"plain step {step}"):
                 images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
                 optimizer.zero_grad()
@@ -28,7 +29,7 @@ def plain_peak(make: "callable", batch: int, momentum: float = 0.9, weight_decay
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     memory = [e for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == 0]
-    (last,) = (e for e in events if e.get("name") == "plain step 2" and e.get("ph") == "X")
+    (last,) = (e for e in events if e.get("name") == f"plain step {steps - 1}" and e.get("ph") == "X")
     begin, end = last["ts"], last["ts"] + last["dur"]
     memory.sort(key=lambda e: e["ts"])
     live, peak = 0, 0

@@ -33,7 +33,8 @@ def _exit_code(command: Any, name: str) -> int:
         return _say(name, error.format_message(), InputError.exit_code)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        *_, field = (str(part) for part in first["loc"] if part != "name")
+        option = "--" + field.replace("_", "-")
         return _say(name, f"{option} {first['input']}: {first['msg']}", InputError.exit_code)
     except SltError as error:
         return _say(name, str(error), error.exit_code)

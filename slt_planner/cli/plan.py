@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from slt_planner.cli.common import command_line, consoles, numbers
-from slt_planner.config import Config, Optimizer, StepSpec, Tier, equal_tiers
+from slt_planner.config import Config, StepSpec, Tier, equal_tiers
 from slt_planner.errors import InputError
 from slt_planner.files import refuse_existing
 from slt_planner.planning.plan import Plan
@@ -56,7 +56,7 @@ def plan(
     spec = StepSpec.model_validate(
         {
             "batch_size": batch_size,
-            "optimizer": Optimizer.model_validate({"name": optimizer, "weight_decay": weight_decay}),
+            "optimizer": {"name": optimizer, "weight_decay": weight_decay},
             "norms": norms,
             "memory_format": memory_format,
             "threads": threads,

@@ -141,8 +141,12 @@ class _Live:
         """Show a finished round."""
         line = (
             f"{self._strategy} round {row.round}/{self._rounds}  stage {row.stage}  {row.config}  "
-            f"accuracy {row.accuracy:.1%}  loss {row.loss:.3f}  {row.seconds:.1f} s"
+            f"accuracy {row.accuracy:.1%}  loss {_short(row.loss)}  {row.seconds:.1f} s"
         )
         self._bar.update(self._task, advance=1, description=f"{self._strategy} {row.config} {row.accuracy:.1%}")
         if not self._console.is_terminal:
             self._console.print(line, soft_wrap=True, highlight=False)
+
+
+def _short(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"

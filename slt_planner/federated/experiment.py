@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from slt_planner.config import Config, Record, StepSpec
+from slt_planner.config import Config, Norms, Record, StepSpec
 from slt_planner.data.datasets import Dataset, load_dataset
 from slt_planner.data.partition import partition
 from slt_planner.environment import environment
@@ -67,7 +67,7 @@ class Federation:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What stays the same over a run."""
 
     plan: Plan
@@ -113,6 +113,21 @@ def load_for_plan(plan: Plan, seed: int, model: nn.Module | None = None) -> tupl
     return model, graph
 
 
+def prepare(
+    plan: Plan, settings: RunSettings, dataset: Dataset, model: nn.Module | None = None
+) -> tuple[Run, ServerState]:
+    """A run before its first round.
+
+    Raises:
+        InputError, InfeasibleError: as `run_experiment`.
+    """
+    check_settings(plan, settings)
+    model, graph = load_for_plan(plan, settings.seed, model)
+    strategy = make_strategy(plan, settings, graph)
+    federation = make_federation(plan, settings, dataset)
+    return Run(plan, settings, graph, strategy, dataset, federation), init(model)
+
+
 def run_experiment(
     plan: Plan,
     settings: RunSettings,
@@ -137,16 +152,13 @@ def run_experiment(
         InputError: settings, data or model that do not go together, or a folder that exists.
         InfeasibleError: no small network fits (strategy ``small``).
     """
-    check_settings(plan, settings)
-    model, graph = load_for_plan(plan, settings.seed, model)
     with threads(plan.step) as number:
-        strategy = make_strategy(plan, settings, graph)
-        federation = make_federation(plan, settings, dataset)
-        run = _Run(plan, settings, graph, strategy, dataset, federation)
+        run, state = prepare(plan, settings, dataset, model)
         result = _empty_result(run, environment(number))
         run_folder = RunFolder(folder, force)
         run_folder.write_settings(result)
-        state, rows, finished = init(model), [], True
+        rows: list[RoundRow] = []
+        outcome: dict[str, object] = {}
         try:
             peaks: dict[Config, int] = {}
             while state.round < settings.rounds:
@@ -154,13 +166,12 @@ def run_experiment(
                 rows.append(row)
                 run_folder.append(row)
                 progress(row)
+            state, outcome = finish(run, state)
         except KeyboardInterrupt:
-            finished = False
-        result = _with_rows(result, rows)
-        if finished:
-            state, result = _finish(run, state, result)
+            pass  # what is done is kept, and the result says "stopped"
+        result = _with_rows(result, rows).model_copy(update=outcome)
         run_folder.write_settings(result)
-        run_folder.write_weights(state.weights, strategy.evaluation_config(state))
+        run_folder.write_weights(state.weights, run.strategy.evaluation_config(state))
     return result
 
 
@@ -227,7 +238,7 @@ def make_federation(plan: Plan, settings: RunSettings, dataset: Dataset) -> Fede
     return Federation(plan.tiers, tuple(dealt), tuple(images))
 
 
-def run_round(run: _Run, state: ServerState, peaks: dict[Config, int]) -> tuple[ServerState, RoundRow]:
+def run_round(run: Run, state: ServerState, peaks: dict[Config, int]) -> tuple[ServerState, RoundRow]:
     """One round: train a cohort, merge, evaluate. `peaks` remembers the measured steps of earlier rounds."""
     began = time.perf_counter()
     settings, strategy, number = run.settings, run.strategy, state.round + 1
@@ -246,8 +257,8 @@ def run_round(run: _Run, state: ServerState, peaks: dict[Config, int]) -> tuple[
         config=config,
         learning_rate=rate,
         accuracy=accuracy,
-        loss=loss,
-        train_loss=float(np.mean(log.losses)) if log.losses else float("nan"),
+        loss=_finite(loss),
+        train_loss=_finite(float(np.mean(log.losses))) if log.losses else None,
         bytes_up=log.bytes_up,
         bytes_down=log.bytes_down,
         clients=len(assignments),
@@ -257,6 +268,10 @@ def run_round(run: _Run, state: ServerState, peaks: dict[Config, int]) -> tuple[
         seconds=time.perf_counter() - began,
     )
     return state, row
+
+
+def _finite(number: float) -> float | None:
+    return number if np.isfinite(number) else None
 
 
 def draw_cohort(
@@ -278,7 +293,7 @@ def draw_cohort(
     ]
 
 
-def _measured_peaks(run: _Run, state: ServerState, peaks: dict[Config, int]) -> dict[str, int]:
+def _measured_peaks(run: Run, state: ServerState, peaks: dict[Config, int]) -> dict[str, int]:
     """A client's measured training step at the local batch, by tier; each configuration is measured once a run."""
     spec = StepSpec(batch_size=run.settings.local_batch, **run.plan.step.model_dump())
     configs = {tier.name: run.strategy.client_config(state, tier.name) for tier in run.federation.tiers}
@@ -289,7 +304,7 @@ def _measured_peaks(run: _Run, state: ServerState, peaks: dict[Config, int]) -> 
     return {name: peaks[config] for name, config in configs.items() if config is not None}
 
 
-def _empty_result(run: _Run, made_on: dict[str, str]) -> RunResult:
+def _empty_result(run: Run, made_on: dict[str, str]) -> RunResult:
     state = ServerState(0, {})
     tiers = tuple(
         RunTier(
@@ -321,15 +336,16 @@ def _with_rows(result: RunResult, rows: Sequence[RoundRow]) -> RunResult:
     return result.model_copy(update={"rows": tuple(rows), "tiers": tuple(highest(tier) for tier in result.tiers)})
 
 
-def _finish(run: _Run, state: ServerState, result: RunResult) -> tuple[ServerState, RunResult]:
+def finish(run: Run, state: ServerState) -> tuple[ServerState, dict[str, object]]:
     """Recalibrate the running statistics and judge the final network by both kinds of statistics."""
-    scale = run.strategy.evaluation_config(state).head_scale
-    weights = recalibrate(run.graph, state.weights, scale, run.dataset, run.settings.seed)
-    config = Config(freeze_depth=0, full_depth=0, head_scale=scale)
-    model = extract(run.graph, weights, config, norms="running")
-    running, _ = evaluate(model, run.dataset, run.plan.step, run.settings.seed + _EVALUATION)
-    batch, _ = evaluate(
-        extract(run.graph, weights, config, norms="static"), run.dataset, run.plan.step, run.settings.seed + _EVALUATION
+    settings, scale = run.settings, run.strategy.evaluation_config(state).head_scale
+    weights = recalibrate(run.graph, state.weights, scale, run.dataset, settings.seed)
+    outcome: dict[str, object] = {"status": "finished"}
+    kinds: tuple[tuple[Norms, str], ...] = (
+        ("static", "accuracy_batch_statistics"),
+        ("running", "accuracy_running_statistics"),
     )
-    accuracies = {"accuracy_batch_statistics": batch, "accuracy_running_statistics": running, "status": "finished"}
-    return replace(state, weights=weights), result.model_copy(update=accuracies)
+    for norms, name in kinds:
+        model = extract(run.graph, weights, Config(freeze_depth=0, full_depth=0, head_scale=scale), norms)
+        outcome[name], _ = evaluate(model, run.dataset, run.plan.step, settings.seed + _EVALUATION)
+    return replace(state, weights=weights), outcome

@@ -31,9 +31,9 @@ class RunSettings(Record):
 class RoundRow(Record):
     """One round, one line of metrics.jsonl.
 
-    `accuracy` (0 to 1) and `loss` are of the sub-model trained this round, on the test images. `measured_peak_bytes` is
-    a client's measured step at the local batch, allocator ruler, by tier. `seconds` = `train_seconds` + evaluation
-    and the rest.
+    `accuracy` (0 to 1) and `loss` are of the sub-model trained this round, on the test images; a loss that is not
+    finite is None. `measured_peak_bytes` is a client's measured step at the local batch, allocator ruler, by tier.
+    `seconds` = `train_seconds` + evaluation and the rest.
     """
 
     round: int = Field(ge=1)
@@ -41,8 +41,8 @@ class RoundRow(Record):
     config: Config
     learning_rate: float
     accuracy: float = Field(ge=0, le=1)
-    loss: float
-    train_loss: float
+    loss: float | None
+    train_loss: float | None
     bytes_up: int
     bytes_down: int
     clients: int

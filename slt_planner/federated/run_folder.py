@@ -3,15 +3,17 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
-from safetensors.torch import save
-from torch import Tensor
 
 from slt_planner.config import Config
 from slt_planner.errors import InputError
 from slt_planner.federated.result import RoundRow, RunResult
 from slt_planner.files import refuse_existing, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SETTINGS, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 
@@ -27,6 +29,7 @@ class RunFolder:
         if not force:
             refuse_existing([path])
         self.path = path
+        (path / WEIGHTS).unlink(missing_ok=True)  # those of an earlier run do not belong to this one's metrics
         write_text(path / METRICS, "", force=True)
 
     def write_settings(self, result: RunResult) -> None:
@@ -38,8 +41,10 @@ class RunFolder:
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(row.model_dump_json() + "\n")
 
-    def write_weights(self, weights: Mapping[str, Tensor], config: Config) -> None:
+    def write_weights(self, weights: "Mapping[str, Tensor]", config: Config) -> None:
         """The global model's state dict, and in its metadata the configuration that it was last evaluated in."""
+        from safetensors.torch import save  # imports torch, which reading a run does not need
+
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         content = save(tensors, metadata={"config": config.model_dump_json()})
         write_bytes(self.path / WEIGHTS, content, force=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from slt_planner.config import Config
 from slt_planner.errors import InputError, UnsupportedLayerError
@@ -127,16 +126,32 @@ def _program(skeleton: nn.Module, input_shape: tuple[int, ...]) -> fx.Graph:
     except Exception as error:  # whatever the network's own code raises when it meets fx's proxies
         raise UnsupportedLayerError(f"the network cannot be traced by torch.fx: {_first_line(error)}") from error
     _refuse_unknown(program, dict(skeleton.named_modules()))
-    try:
-        ShapeProp(fx.GraphModule(skeleton, program)).propagate(torch.empty(2, *input_shape, device="meta"))
-    except Exception as error:  # shapes that do not fit surface as whatever the failing operator raises
-        shape = "x".join(map(str, input_shape))
-        raise InputError(f"the network does not take inputs of {shape}: {_first_line(error)}") from error
-    for node in program.nodes:
-        if "tensor_meta" not in node.meta:
-            raise refusal(node, node.target, "does not give one tensor")
-        node.meta = {"shape": tuple(node.meta["tensor_meta"].shape[1:])}
+    _ShapeRecorder(skeleton, program).run(torch.empty(2, *input_shape, device="meta"))
     return program
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a program on the meta device and writes ``meta["shape"]`` (of one sample) on every node."""
+
+    def __init__(self, skeleton: nn.Module, program: fx.Graph) -> None:
+        super().__init__(fx.GraphModule(skeleton, program))
+        self.extra_traceback = False
+        self._given = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            result = super().run_node(n)
+        except Exception as error:  # shapes that do not fit surface as whatever the failing operator raises
+            where = n.target if n.op == "call_module" else n.name
+            raise InputError(
+                f"the network does not take inputs of {self._given}: {where}: {_first_line(error)}"
+            ) from error
+        if not isinstance(result, torch.Tensor):
+            raise refusal(n, n.target, "does not give one tensor")
+        n.meta = {"shape": tuple(result.shape[1:])}
+        if n.op == "placeholder":
+            self._given = "x".join(map(str, n.meta["shape"]))
+        return result
 
 
 def _first_line(error: Exception) -> str:

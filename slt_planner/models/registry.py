@@ -70,7 +70,7 @@ def load_model(name: str, num_classes: int | None = None) -> nn.Module:
         InputError: no such network, or fewer than one class.
 
     >>> sum(p.numel() for p in load_model("resnet20").parameters())
-    292826
+    292954
     """
     entry = find_model(name)
     classes = entry.num_classes if num_classes is None else num_classes

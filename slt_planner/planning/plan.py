@@ -40,17 +40,14 @@ class Stage(Record):
     limited_by: LimitedBy
 
 
-class TierStage(Record):
-    """What one tier does in one stage, and what it costs there.
+class TierStage(Config):
+    """A configuration that one tier holds for one stage, and what it costs there.
 
     `measured_peak_bytes` is on the allocator ruler; `measured_breakdown` adds up to it. `predicted_peak_bytes` is None
     where nothing was predicted. `upload_bytes` are the trained parameters, sent once a round by each client.
     `train_flops_per_sample` counts a multiply and an add as two; the frozen part runs forward only.
     """
 
-    freeze_depth: int = Field(ge=0)
-    full_depth: int = Field(ge=0)
-    head_scale: float = Field(gt=0, le=1)
     limited_by: LimitedBy
     predicted_peak_bytes: int | None = None
     measured_peak_bytes: int = Field(gt=0)
@@ -62,12 +59,12 @@ class TierStage(Record):
 
     @property
     def config(self) -> Config:
-        """The configuration to extract."""
-        return Config(freeze_depth=self.freeze_depth, full_depth=self.full_depth, head_scale=self.head_scale)
+        """The configuration alone."""
+        return _config_of(self)
 
 
-class Proof(Record):
-    """A measurement over budget: one notch more than stage number `stage` (from 0) does not fit.
+class Proof(Config):
+    """A configuration measured over budget: one notch more than stage number `stage` (from 0) does not fit.
 
     ``wider_head`` is the next legal head scale at (K_T - 1, K_T), for the tier that binds; ``less_frozen`` is one
     freeze unit less at the stage's own scale, for every tier.
@@ -75,15 +72,16 @@ class Proof(Record):
 
     stage: int = Field(ge=0)
     kind: Literal["wider_head", "less_frozen"]
-    freeze_depth: int = Field(ge=0)
-    full_depth: int = Field(ge=0)
-    head_scale: float = Field(gt=0, le=1)
     measured_peak_bytes: int = Field(gt=0)
 
     @property
     def config(self) -> Config:
-        """The configuration that is over budget."""
-        return Config(freeze_depth=self.freeze_depth, full_depth=self.full_depth, head_scale=self.head_scale)
+        """The configuration alone."""
+        return _config_of(self)
+
+
+def _config_of(record: Config) -> Config:
+    return Config(freeze_depth=record.freeze_depth, full_depth=record.full_depth, head_scale=record.head_scale)
 
 
 class TierPlan(Record):
@@ -115,24 +113,31 @@ class Plan(Record):
     tiers: tuple[TierPlan, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _stages_line_up(self) -> "Plan":
+    def _tiers_hold_together(self) -> "Plan":
         for tier in self.tiers:
-            if tier.status == "infeasible":
-                if tier.stages or not tier.reason:
-                    raise ValueError(f"tier {tier.name}: an infeasible tier has a reason and no stages")
-                continue
-            shared = [(stage.full_depth, stage.head_scale) for stage in self.stages]
-            own = [(stage.full_depth, stage.head_scale) for stage in tier.stages]
-            if own != shared:
-                raise ValueError(f"tier {tier.name}: its stages differ from the plan's")
-            for number, stage in enumerate(tier.stages):
-                if stage.full_depth > self.model.depth:
-                    raise ValueError(f"stage {number}: full_depth is beyond the last unit, {self.model.depth}")
-                if stage.config and stage.measured_peak_bytes > tier.budget_bytes:
-                    raise ValueError(f"tier {tier.name}, stage {number}: measured peak is over the budget")
+            self._check_tier(tier)
         if not self.feasible_tiers:
             raise ValueError("no tier is feasible")
         return self
+
+    def _check_tier(self, tier: TierPlan) -> None:
+        if tier.status == "infeasible":
+            if tier.stages or not tier.reason:
+                raise ValueError(f"tier {tier.name}: an infeasible tier has a reason and no stages")
+            return
+        shared = [(stage.full_depth, stage.head_scale) for stage in self.stages]
+        if [(stage.full_depth, stage.head_scale) for stage in tier.stages] != shared:
+            raise ValueError(f"tier {tier.name}: its stages differ from the plan's")
+        for number, stage in enumerate(tier.stages):
+            if stage.full_depth > self.model.depth:
+                raise ValueError(f"tier {tier.name}, stage {number}: full_depth is beyond unit {self.model.depth}")
+            if stage.measured_peak_bytes > tier.budget_bytes:
+                raise ValueError(f"tier {tier.name}, stage {number}: the measured peak is over the budget")
+            if sum(stage.measured_breakdown.values()) != stage.measured_peak_bytes:
+                raise ValueError(f"tier {tier.name}, stage {number}: the breakdown does not add up to the peak")
+        for proof in tier.proofs:
+            if proof.measured_peak_bytes <= tier.budget_bytes or proof.stage >= len(tier.stages):
+                raise ValueError(f"tier {tier.name}: a proof for stage {proof.stage} that proves nothing")
 
     @property
     def spec(self) -> StepSpec:

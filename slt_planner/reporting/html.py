@@ -59,7 +59,7 @@ class StageOfRun:
     last_round: int
     config: Config
     accuracy: float
-    loss: float
+    loss: float | None
     bytes_up: int
     refused: int
     seconds: float

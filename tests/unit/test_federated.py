@@ -1,0 +1,265 @@
+"""Federated runs against a plain loop, and what they leave behind."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from slt_planner.config import Config, StepSpec, Tier
+from slt_planner.data.datasets import Dataset, normalise
+from slt_planner.data.partition import partition
+from slt_planner.errors import InputError
+from slt_planner.federated.client import client_seed, learning_rate
+from slt_planner.federated.evaluate import evaluate, recalibrate, split_without_tail
+from slt_planner.federated.experiment import default_settings, make_federation, run_experiment
+from slt_planner.federated.result import RunSettings
+from slt_planner.federated.run_folder import load_run
+from slt_planner.federated.strategies.base import ServerState
+from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
+from slt_planner.graph.trace import trace
+from slt_planner.memory.measure import measure
+from slt_planner.planning.solve import solve
+from slt_planner.submodel.extract import extract
+from tests.unit.test_solve import small_network
+
+SPEC = StepSpec(batch_size=8, threads=1)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return small_network()
+
+
+GRAPH = trace(network(), (3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def full_plan():
+    return solve(GRAPH, ["1GB"], SPEC)
+
+
+@pytest.fixture(scope="module")
+def scheduled_plan(full_plan):
+    """Three tiers: one that cannot, one that is scheduled, one that could train everything."""
+    full = full_plan.full_network.peak_bytes
+    tiers = [("tiny", 1000), ("weak", full - 1), ("strong", 2 * full)]
+    return solve(
+        GRAPH, [Tier(name=n, budget_bytes=b, share=s) for (n, b), s in zip(tiers, (0.2, 0.4, 0.4), strict=True)], SPEC
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    random = torch.Generator().manual_seed(5)
+    labels = torch.randint(3, (103,), generator=random)
+    images = (torch.rand(103, 3, 16, 16, generator=random) * 120).to(torch.uint8)
+    images[torch.arange(103), labels] += 100  # the class is the brightest channel
+    return Dataset("made up", images[:80], labels[:80], images[80:], labels[80:], 3, (0.4,) * 3, (0.2,) * 3, False)
+
+
+def settings_of(**changes):
+    values = {
+        "strategy": "slt",
+        "dataset": "made",
+        "rounds": 6,
+        "clients": 5,
+        "cohort_size": 2,
+        "local_batch": 8,
+        "seed": 3,
+    }
+    return RunSettings(**{**values, **changes})
+
+
+def run(plan, dataset, folder, **changes):
+    return run_experiment(plan, settings_of(**changes), dataset, folder, model=network())
+
+
+def test_a_plan_of_full_tiers_is_plain_fedavg_to_the_bit(full_plan, dataset, tmp_path):
+    """Twenty lines of FedAvg on the untouched network give the same weights."""
+    run(full_plan, dataset, tmp_path / "run")
+    torch.set_num_threads(1)
+    weights = {k: v.clone() for k, v in network().state_dict().items()}
+    parts = partition(dataset.train_labels, 5, "iid", 3)
+    for number in range(1, 7):
+        cohort = np.random.default_rng([3, 2, number]).choice(range(5), size=2, replace=False)
+        total = {k: torch.zeros_like(v) for k, v in weights.items() if v.is_floating_point()}
+        for client in cohort:
+            model = network()
+            model.load_state_dict(weights)
+            optimizer = torch.optim.SGD(
+                model.parameters(), lr=learning_rate(number, 6, 0.1, 0.01), momentum=0.9, weight_decay=1e-3
+            )
+            generator = torch.Generator().manual_seed(client_seed(3, number, int(client)))
+            own = torch.as_tensor(parts[client])
+            for chosen in own[torch.randperm(len(own), generator=generator)].split(8):
+                optimizer.zero_grad()
+                batch = normalise(dataset.train_images[chosen], dataset)
+                F.cross_entropy(model(batch), dataset.train_labels[chosen]).backward()
+                optimizer.step()
+            for k, v in dict(model.named_parameters()).items():
+                total[k] += (v.detach() - weights[k]) * len(own)
+        count = sum(len(parts[client]) for client in cohort)
+        weights = {k: v + total[k] / count if k in total else v for k, v in weights.items()}
+
+    result = load_file(tmp_path / "run" / "weights.safetensors")
+    for name, _ in network().named_parameters():
+        assert torch.equal(result[name], weights[name]), name
+
+
+def test_the_same_seed_gives_the_same_run(scheduled_plan, dataset, tmp_path):
+    first = run(scheduled_plan, dataset, tmp_path / "a")
+    second = run(scheduled_plan, dataset, tmp_path / "b")
+    timeless = {"seconds", "train_seconds"}
+    for one, two in zip(first.rows, second.rows, strict=True):
+        assert one.model_dump(exclude=timeless) == two.model_dump(exclude=timeless)
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    other = run(scheduled_plan, dataset, tmp_path / "c", seed=4)
+    assert [r.accuracy for r in other.rows] != [r.accuracy for r in first.rows]
+
+
+def test_a_run_follows_the_schedule_and_keeps_its_budgets(scheduled_plan, dataset, tmp_path):
+    result = run(scheduled_plan, dataset, tmp_path / "run", rounds=12, clients=10, cohort_size=4)
+    stages = [row.stage for row in result.rows]
+    assert stages == sorted(stages)
+    assert set(stages) == set(range(len(scheduled_plan.stages)))
+    budgets = {tier.name: tier.budget_bytes for tier in scheduled_plan.tiers}
+    for row in result.rows:
+        planned = scheduled_plan.stages[row.stage]
+        assert (row.config.full_depth, row.config.head_scale) == (planned.full_depth, planned.head_scale)
+        assert set(row.measured_peak_bytes) == {"weak", "strong"}
+        assert all(peak <= budgets[name] for name, peak in row.measured_peak_bytes.items())
+        assert row.clients == 4
+        assert row.bytes_down >= row.bytes_up > 0
+    tiny, weak, strong = result.tiers
+    assert (tiny.clients, tiny.takes_part) == (2, False)
+    assert weak.clients == strong.clients == 4
+    assert result.accuracy_running_statistics is not None
+
+
+def test_the_small_network_is_the_widest_that_fits_the_weakest_tier(full_plan, dataset, tmp_path):
+    peaks = {}
+    for s in GRAPH.head_scales(0):
+        config = Config(freeze_depth=0, full_depth=0, head_scale=s)
+        peaks[s] = measure(extract(GRAPH, None, config), SPEC, details=False).peak_bytes
+    for budget in (peaks[0.5], peaks[0.5] + 1, max(peaks.values()) - 1):
+        full = full_plan.full_network.peak_bytes
+        tiers = [Tier(name="weak", budget_bytes=budget, share=0.5), Tier(name="strong", budget_bytes=full, share=0.5)]
+        result = run(solve(GRAPH, tiers, SPEC), dataset, tmp_path / str(budget), strategy="small", rounds=1)
+        assert result.head_scale == max(s for s, peak in peaks.items() if peak <= budget)
+        assert all(tier.takes_part for tier in result.tiers)
+
+
+def test_a_run_folder_can_be_read_back_even_when_cut_short(scheduled_plan, dataset, tmp_path):
+    result = run(scheduled_plan, dataset, tmp_path / "run")
+    assert load_run(tmp_path / "run") == result
+    with pytest.raises(InputError, match="exists; choose another name"):
+        run(scheduled_plan, dataset, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-10])  # a crash in the middle of the last line
+    assert load_run(tmp_path / "run").rows == result.rows[:-1]
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="not a valid run"):
+        load_run(tmp_path / "run")
+    with pytest.raises(InputError, match="is it a run folder"):
+        load_run(tmp_path)
+
+
+def test_an_interrupt_leaves_a_readable_folder_with_weights(scheduled_plan, dataset, tmp_path):
+    def stop_after_three(row):
+        if row.round == 3:
+            raise KeyboardInterrupt
+
+    settings = settings_of()
+    result = run_experiment(
+        scheduled_plan, settings, dataset, tmp_path / "run", model=network(), progress=stop_after_three
+    )
+    assert result.status == "stopped"
+    assert len(result.rows) == 3
+    assert load_run(tmp_path / "run") == result
+    assert (tmp_path / "run" / "weights.safetensors").exists()
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_an_update_that_is_not_finite_is_refused_and_the_round_goes_on(full_plan, dataset, tmp_path):
+    result = run(full_plan, dataset, tmp_path / "run", rounds=2, learning_rate=1e38, final_learning_rate=1e38)
+    assert all(row.refused == row.clients for row in result.rows)
+    weights = load_file(tmp_path / "run" / "weights.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in network().named_parameters())
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN is not JSON
+
+
+def test_settings_that_do_not_go_together_are_refused(full_plan, scheduled_plan, dataset, tmp_path):
+    cases = [
+        ({"local_batch": 9}, "local batch 9 needs more memory than the plan's 8"),
+        ({"cohort_size": 6}, "cohort size 6 is more than the 5 clients"),
+        ({"rounds": 1}, "1 rounds for a schedule of"),
+        ({"clients": 41, "cohort_size": 1}, "too few for 41 clients"),
+        ({"partition": "dirichlet:x"}, "dirichlet:x"),
+    ]
+    for number, (change, words) in enumerate(cases):
+        with pytest.raises(InputError) as caught:
+            run(scheduled_plan, dataset, tmp_path / str(number), **change)
+        assert words in str(caught.value)
+        assert not (tmp_path / str(number)).exists()
+    with pytest.raises(InputError, match="the model is not the plan's"):
+        run_experiment(
+            full_plan,
+            settings_of(),
+            dataset,
+            tmp_path / "x",
+            model=torch.nn.Sequential(*list(network())[:2], *list(network())[3:]),
+        )
+    with pytest.raises(InputError, match="the plan names no model"):
+        run_experiment(full_plan, settings_of(), dataset, tmp_path / "x")
+
+
+def test_clients_are_dealt_to_tiers_by_share(scheduled_plan, dataset):
+    federation = make_federation(scheduled_plan, settings_of(clients=20), dataset)
+    assert [federation.tier_of.count(i) for i in range(3)] == [4, 8, 8]
+    assert sorted(np.concatenate(federation.images_of)) == list(range(80))
+    again = make_federation(scheduled_plan, settings_of(clients=20), dataset)
+    assert again.tier_of == federation.tier_of
+
+
+def test_every_round_belongs_to_one_stage(scheduled_plan):
+    rounds = 23
+    strategy = SuccessiveLayerTraining(scheduled_plan, rounds)
+    stages = [strategy.stage(ServerState(r, {})) for r in range(rounds)]
+    assert sorted(set(stages)) == list(range(len(scheduled_plan.stages)))
+    assert stages == sorted(stages)
+    assert strategy.stage(ServerState(rounds, {})) == stages[-1]
+
+
+def test_small_data_gets_a_batch_that_a_client_fills_several_times(full_plan, dataset):
+    defaults = default_settings(full_plan, dataset, None)
+    assert (defaults.clients, defaults.rounds, defaults.cohort_size) == (10, 30, 10)
+    assert defaults.local_batch == 2
+    assert default_settings(full_plan, dataset, 1).local_batch == 8
+
+
+def test_evaluation_counts_every_image_once_and_never_a_batch_of_one(dataset):
+    for total in (1, 2, 1024, 1025, 2049, 3000):
+        pieces = list(split_without_tail(torch.arange(total), 1024))
+        assert torch.equal(torch.cat(pieces), torch.arange(total))
+        assert all(len(piece) > 1 for piece in pieces) or total == 1
+    model = extract(GRAPH, network(), Config.full_network())
+    accuracy, loss = evaluate(model, dataset, SPEC, seed=1)
+    logits = model.eval()(normalise(dataset.test_images, dataset))
+    assert accuracy == pytest.approx((logits.argmax(1) == dataset.test_labels).float().mean().item())
+    assert loss == pytest.approx(F.cross_entropy(logits, dataset.test_labels).item(), rel=1e-5)
+
+
+def test_recalibrated_statistics_are_the_mean_over_the_servers_images(dataset):
+    weights = network().state_dict()
+    new = recalibrate(GRAPH, weights, 1.0, dataset, seed=1)
+    first = copy.deepcopy(network()[0])
+    with torch.no_grad():
+        outputs = first(normalise(dataset.train_images, dataset))
+    torch.testing.assert_close(new["1.running_mean"], outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(new[k], weights[k]) for k in weights if "running" not in k)

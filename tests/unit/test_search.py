@@ -1,0 +1,147 @@
+"""The search against brute force over every configuration of random small problems."""
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slt_planner.config import Config
+from slt_planner.planning.search import (
+    NoSchedule,
+    SearchSpace,
+    find_schedule,
+    largest_scale,
+    least_frozen,
+    smallest_budget,
+)
+
+
+@dataclass
+class Problem:
+    """A made-up network: its peak grows with the head, and what is trained at full width; s = 1.0 may need less."""
+
+    depth: int
+    notches: int
+    frozen_cost: list[int]
+    trained_cost: list[int]
+    head_cost: list[int]
+    cut_cost: int
+    budget: int
+    asked: set[Config] = field(default_factory=set)
+
+    def scales(self, full_depth):
+        return tuple(k / self.notches for k in range(1, self.notches + 1)) if full_depth < self.depth else (1.0,)
+
+    def peak(self, config):
+        self.asked.add(config)
+        f, t, s = config.freeze_depth, config.full_depth, config.head_scale
+        head = sum(self.head_cost[t:])
+        if s == 1.0:
+            return sum(self.frozen_cost[:f]) + sum(self.trained_cost[f:])
+        scaled = int(s * sum(self.trained_cost[t:])) + int(s * head)
+        return sum(self.frozen_cost[:f]) + sum(self.trained_cost[f:t]) + scaled + self.cut_cost
+
+    def space(self):
+        return SearchSpace(self.depth, self.scales, self.peak)
+
+
+@st.composite
+def problems(draw):
+    depth = draw(st.integers(1, 6))
+    costs = st.lists(st.integers(1, 40), min_size=depth, max_size=depth)
+    trained = draw(costs)
+    return Problem(
+        depth=depth,
+        notches=draw(st.integers(1, 9)),
+        frozen_cost=[draw(st.integers(0, cost)) for cost in trained],
+        trained_cost=trained,
+        head_cost=[0] * depth,
+        cut_cost=draw(st.integers(0, 30)),
+        budget=draw(st.integers(1, 260)),
+    )
+
+
+def brute_scale(problem, full_depth):
+    freeze = max(0, full_depth - 1)
+    fitting = [s for s in problem.scales(full_depth) if fits(problem, freeze, full_depth, s)]
+    return max(fitting, default=None)
+
+
+def fits(problem, freeze, full, scale):
+    full = problem.depth if scale == 1.0 else full
+    return problem.peak(Config(freeze_depth=freeze, full_depth=full, head_scale=scale)) <= problem.budget
+
+
+def brute_schedule(problem):
+    """The definition, word for word; a list of (full_depth, scale), or the full_depth that has no head."""
+    if fits(problem, 0, 0, 1.0):
+        return [(problem.depth, 1.0)]
+    largest = []
+    for full_depth in range(problem.depth + 1):
+        scale = brute_scale(problem, full_depth)
+        if scale is None:
+            return full_depth
+        largest.append(scale)
+        if scale == 1.0 and full_depth > 0:
+            break
+    stages = []
+    for full_depth in range(1, len(largest)):
+        scale = min(largest[full_depth:])
+        stages.append((problem.depth if scale == 1.0 else full_depth, scale))
+    return [(0, min(largest[0], stages[0][1])), *stages]
+
+
+@given(problems())
+@settings(max_examples=400, deadline=None)
+def test_the_schedule_is_the_one_that_brute_force_finds(problem):
+    expected = brute_schedule(problem)
+    found = find_schedule(problem.space(), problem.budget)
+    if isinstance(expected, int):
+        assert isinstance(found, NoSchedule)
+        assert found.full_depth == expected
+        assert found.floor_bytes > problem.budget
+    else:
+        assert not isinstance(found, NoSchedule)
+        assert [(stage.full_depth, stage.head_scale) for stage in found] == expected
+        assert [s.head_scale for s in found] == sorted(s.head_scale for s in found)
+        assert found[-1].limited_by == "full"
+        for stage in found:
+            assert (stage.wider_head is not None) == (stage.limited_by == "budget")
+            if stage.wider_head is not None:
+                assert problem.peak(stage.wider_head) > problem.budget
+
+
+@given(problems(), st.integers(0, 6), st.integers(0, 200))
+@settings(max_examples=400, deadline=None)
+def test_the_least_frozen_is_the_one_that_brute_force_finds(problem, guess, extra):
+    schedule = find_schedule(problem.space(), problem.budget)
+    if isinstance(schedule, NoSchedule):
+        return
+    for stage in schedule:
+        problem.budget += extra  # a stronger tier
+        deepest = problem.depth - 1 if stage.head_scale == 1.0 else max(0, stage.full_depth - 1)
+        expected = next(k for k in range(deepest + 1) if fits(problem, k, stage.full_depth, stage.head_scale))
+        problem.asked.clear()
+        found = least_frozen(problem.space(), stage, problem.budget, guess)
+        assert found == expected
+        proof = problem.space().config(max(0, found - 1), stage.full_depth, stage.head_scale)
+        assert found == 0 or proof in problem.asked  # the next smaller one was looked at, not assumed
+        problem.budget -= extra
+
+
+@given(problems())
+@settings(max_examples=200, deadline=None)
+def test_more_budget_never_gives_a_smaller_head(problem):
+    space = problem.space()
+    for full_depth in range(problem.depth + 1):
+        less = largest_scale(space, full_depth, problem.budget)
+        more = largest_scale(space, full_depth, problem.budget + 17)
+        assert less is None or (more is not None and more >= less)
+
+
+@given(problems())
+@settings(max_examples=200, deadline=None)
+def test_the_smallest_budget_schedules_and_one_byte_less_does_not(problem):
+    smallest = smallest_budget(problem.space())
+    assert not isinstance(find_schedule(problem.space(), smallest), NoSchedule)
+    assert isinstance(find_schedule(problem.space(), smallest - 1), NoSchedule)
