@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from slt_planner.data.datasets import load_dataset, normalise
 from slt_planner.environment import environment
 from slt_planner.federated.client import LocalTraining, client_seed, learning_rate, local_batches
-from slt_planner.federated.experiment import Run, draw_cohort, image_shape, prepare, run_round
+from slt_planner.federated.experiment import draw_cohort, run_round
 from slt_planner.federated.result import RunSettings
+from slt_planner.federated.setup import Run, image_shape, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.files import write_text
 from slt_planner.memory.step import threads
@@ -35,7 +36,7 @@ def raw_round(run: Run, state: ServerState, test_batches: list[torch.Tensor]) ->
     rate = learning_rate(state.round + 1, settings.rounds, settings.learning_rate, settings.final_learning_rate)
     training = LocalTraining(run.plan.step, settings.local_batch, settings.local_epochs, rate)
     work = []
-    for assignment in draw_cohort(run.federation, run.strategy, state, settings):
+    for assignment in draw_cohort(run, state):
         seed = client_seed(settings.seed, state.round + 1, assignment.client)
         generator = torch.Generator().manual_seed(seed)
         batches = list(local_batches(run.dataset, assignment.indices, training, generator))
@@ -79,16 +80,15 @@ def main() -> None:
     rounds_of = deal_rounds(options.rounds, [stage.rounds_fraction for stage in plan.stages])
     rows = []
     with threads(plan.step) as number:
-        run, first = prepare(plan, settings, dataset)
+        run = prepare(plan, settings, dataset, load_network(plan, settings.seed))
         test_batches = list(normalise(dataset.test_images, dataset).split(1024))
-        peaks: dict = {}
         for stage in map(int, options.stages.split(",")):
-            state = ServerState(sum(rounds_of[:stage]), first.weights)
-            run_round(run, state, peaks)  # warm-up; the stage's memory is measured once, in its first round
+            state = ServerState(sum(rounds_of[:stage]), run.start.weights)
+            run_round(run, state)  # warm-up
             pairs = []
             for _ in range(options.repeats):
                 began = time.perf_counter()
-                run_round(run, state, peaks)
+                run_round(run, state)
                 ours = time.perf_counter() - began
                 pairs.append((ours, raw_round(run, state, test_batches)))
             ours, raw = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))

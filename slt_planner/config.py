@@ -5,16 +5,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from slt_planner.errors import InputError
-from slt_planner.units import parse_budgets
+from slt_planner.units import LARGEST_BYTES, parse_budgets
 
 Norms = Literal["static", "running"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
+MAX_BATCH = 2**16
 
 
 class Record(BaseModel):
     """A frozen record that refuses unknown fields; invalid values raise pydantic's ValidationError, a ValueError."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Config(Record):
@@ -68,7 +69,7 @@ class StepSettings(Record):
     set_to_none: bool = True
     norms: Norms = "static"
     device: Literal["cpu"] = "cpu"
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
 
     @field_validator("optimizer", mode="before")
     @classmethod
@@ -85,7 +86,7 @@ class StepSpec(StepSettings):
     'adam'
     """
 
-    batch_size: int = Field(default=128, ge=2)
+    batch_size: int = Field(default=128, ge=2, le=MAX_BATCH)
 
     @property
     def settings(self) -> StepSettings:
@@ -97,7 +98,7 @@ class Tier(Record):
     """A class of devices that share a memory budget; `share` is its fraction of all clients."""
 
     name: str
-    budget_bytes: int = Field(gt=0)
+    budget_bytes: int = Field(gt=0, le=LARGEST_BYTES)
     share: float = Field(gt=0, le=1)
 
 

@@ -1,5 +1,15 @@
 """The errors users can meet; each carries the exit code the commands end with."""
 
+from pydantic import ValidationError
+
+
+def first_invalid(error: ValidationError) -> str:
+    """The first field of a record that is wrong, and why, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg']}{more}" if where else f"{first['msg']}{more}"
+
 
 class SltError(Exception):
     """Base of all errors that are told to the user in one line."""

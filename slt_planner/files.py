@@ -2,7 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from slt_planner.errors import InputError
@@ -15,8 +16,25 @@ def refuse_existing(paths: Iterable[str | Path]) -> None:
         InputError: one of the paths exists.
     """
     for path in paths:
-        if Path(path).exists():
+        with _told(path):
+            exists = Path(path).exists()
+        if exists:
             raise InputError(f"{path} exists; choose another name, or --force to overwrite it")
+
+
+def check_writable(paths: Iterable[str | Path]) -> None:
+    """Try, before long work, whether files can be written later; nothing is left behind.
+
+    Raises:
+        InputError: one of the paths is a folder, or nothing can be written where it would be.
+    """
+    for path in map(Path, paths):
+        with _told(path):
+            if path.is_dir():
+                raise InputError(f"{path} is a folder; give the name of a file")
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+            with tempfile.TemporaryFile(dir=folder):
+                pass
 
 
 def write_bytes(path: str | Path, content: bytes, force: bool = False) -> None:
@@ -28,9 +46,9 @@ def write_bytes(path: str | Path, content: bytes, force: bool = False) -> None:
     path = Path(path)
     if not force:
         refuse_existing([path])
-    try:
+    with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -41,10 +59,23 @@ def write_bytes(path: str | Path, content: bytes, force: bool = False) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def write_text(path: str | Path, content: str, force: bool = False) -> None:
     """As `write_bytes`, in UTF-8."""
     write_bytes(path, content.encode("utf-8"), force=force)
+
+
+def append_text(path: Path, content: str) -> None:
+    """Add to the end of a file, in UTF-8; raises InputError if that cannot be done."""
+    with _told(path), path.open("a", encoding="utf-8") as file:
+        file.write(content)
+
+
+@contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    """Errors of the file system become one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error

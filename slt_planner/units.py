@@ -1,6 +1,7 @@
 """Bytes as people write them: MB = 10^6, MiB = 2^20 (GB, GiB, kB, KiB likewise)."""
 
 import re
+from fractions import Fraction
 
 from slt_planner.errors import InputError
 
@@ -15,7 +16,7 @@ _BYTES_PER_UNIT = {
 }
 _BY_LOWER_CASE = {unit.lower(): unit for unit in _BYTES_PER_UNIT}
 _AMOUNT = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-_LARGEST = 2**50  # a pebibyte: more is a slip of the keyboard
+LARGEST_BYTES = 2**50  # a pebibyte: more is a slip of the keyboard
 
 
 def parse_bytes(text: str) -> int:
@@ -36,8 +37,8 @@ def parse_bytes(text: str) -> int:
     if unit.lower() not in _BY_LOWER_CASE:
         known = ", ".join(_BYTES_PER_UNIT)
         raise InputError(f"memory budget {text!r}: unknown unit {unit!r}; known units are {known}")
-    amount = float(number) * _BYTES_PER_UNIT[_BY_LOWER_CASE[unit.lower()]]
-    if not 1 <= amount <= _LARGEST:
+    amount = Fraction(number) * _BYTES_PER_UNIT[_BY_LOWER_CASE[unit.lower()]]
+    if not 1 <= amount <= LARGEST_BYTES:
         raise InputError(f"memory budget {text!r} is out of range; it must be between 1 B and 1 PiB")
     return int(amount)
 
@@ -63,13 +64,17 @@ def parse_budgets(text: str) -> dict[str, int]:
     return budgets
 
 
-def format_bytes(number: int) -> str:
-    """An amount of bytes for people, in decimal units with three to four digits.
+def format_bytes(number: int, round_up: bool = False) -> str:
+    """An amount of bytes for people, in decimal units with one decimal place; rounded up where less would not do.
 
-    >>> format_bytes(54_273_664)
-    '54.3 MB'
+    >>> format_bytes(54_273_664), format_bytes(15_340_000, round_up=True)
+    ('54.3 MB', '15.4 MB')
     """
-    for unit in ("GB", "MB", "kB"):
-        if abs(number) >= _BYTES_PER_UNIT[unit]:
-            return f"{number / _BYTES_PER_UNIT[unit]:.1f} {unit}"
-    return f"{number} B"
+    if number < 1000:
+        return f"{number} B"
+    for unit in ("kB", "MB", "GB"):
+        size = _BYTES_PER_UNIT[unit]
+        tenths = -(-10 * number // size) if round_up else (10 * number + size // 2) // size
+        if tenths < 10_000 or unit == "GB":
+            break
+    return f"{tenths / 10:.1f} {unit}"

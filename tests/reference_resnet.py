@@ -5,10 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def hand_cut(blocks: int, full_depth: int, scale: float) -> "HandCutResNet":
-    return HandCutResNet(blocks, full_depth, scale)
-
-
 class HandCutResNet(nn.Module):
     """Layers are counted by hand: 1 is the first convolution, then two a block; a shortcut counts with the second."""
 

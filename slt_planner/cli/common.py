@@ -3,16 +3,19 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from slt_planner.config import Record
 from slt_planner.errors import InputError, SltError
 
 # Some versions of typer bring their own copy of click, others use the installed one; this is UsageError in both.
 _UsageError: Any = typer.BadParameter.__bases__[0]
+
+_RecordT = TypeVar("_RecordT", bound=Record)
 
 
 def consoles(json_output: bool) -> tuple[Console, Console]:
@@ -31,11 +34,6 @@ def _exit_code(command: Any, name: str) -> int:
         return command.main(prog_name=name, standalone_mode=False) or 0
     except _UsageError as error:
         return _say(name, error.format_message(), InputError.exit_code)
-    except ValidationError as error:
-        first = error.errors()[0]
-        *_, field = (str(part) for part in first["loc"] if part != "name")
-        option = "--" + field.replace("_", "-")
-        return _say(name, f"{option} {first['input']}: {first['msg']}", InputError.exit_code)
     except SltError as error:
         return _say(name, str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -58,6 +56,20 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"{option} {text!r}: give positive whole numbers with commas, such as 3,64,64")
     return tuple(int(part) for part in parts)
+
+
+def validated(record: type[_RecordT], **values: Any) -> _RecordT:
+    """A record made of options.
+
+    Raises:
+        InputError: an option has a value that the record refuses; the message names the option.
+    """
+    try:
+        return record(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = [str(part) for part in first["loc"] if part != "name"][-1]  # the optimizer's name is --optimizer
+        raise InputError(f"--{field.replace('_', '-')} {first['input']}: {first['msg']}") from error
 
 
 def command_line() -> str:

@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from slt_planner.cli.common import command_line, consoles, numbers
+from slt_planner.cli.common import command_line, consoles, numbers, validated
 from slt_planner.config import Config, StepSpec, Tier, equal_tiers
 from slt_planner.errors import InputError
-from slt_planner.files import refuse_existing
+from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan
 from slt_planner.reporting.html import report_paths
 from slt_planner.reporting.report import report as write_report
@@ -38,7 +38,7 @@ def plan(
         typer.Option(help="coupled: all tiers share depth and head scale of a stage."),
     ] = "coupled",
     input_shape: Annotated[str | None, typer.Option(help="Of one sample, such as 3,64,64.")] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Outputs of the network.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, max=10**6, help="Outputs of the network.")] = None,
     out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
     report: Annotated[Path | None, typer.Option(help="Where the HTML report (and its PNG) is written.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
@@ -49,30 +49,33 @@ def plan(
     Prints a table and writes plan.json and a report (HTML and PNG).
     """
     report = report or Path("reports") / f"{out.stem}.html"
+    targets = (out, *report_paths(report))
+    if len(set(targets)) < len(targets):
+        raise InputError(f"--out {out} is also a file of the report; give them different names")
     if not force:
-        refuse_existing([out, *report_paths(report)])
+        refuse_existing(targets)
+    check_writable(targets)
     console, progress_console = consoles(json_output)
     tiers = equal_tiers(budgets)
-    spec = StepSpec.model_validate(
-        {
-            "batch_size": batch_size,
-            "optimizer": {"name": optimizer, "weight_decay": weight_decay},
-            "norms": norms,
-            "memory_format": memory_format,
-            "threads": threads,
-            "device": device,
-        }
+    spec = validated(
+        StepSpec,
+        batch_size=batch_size,
+        optimizer={"name": optimizer, "weight_decay": weight_decay},
+        norms=norms,
+        memory_format=memory_format,
+        threads=threads,
+        device=device,
     )
     if policy != "coupled":
         raise InputError(f"unknown policy {policy!r}; known is coupled")
-    shape = numbers(input_shape, "--input-shape") if input_shape else None
+    shape = None if input_shape is None else numbers(input_shape, "--input-shape")
     solved = _solve(model, tiers, spec, shape, num_classes, progress_console)
     solved.save(out, force=force)
     write_report(solved, report, force=force, command=command_line())
     if json_output:
         print(solved.model_dump_json(indent=2))
     console.print(plan_table(solved))
-    console.print(f"Written: {out}, {', '.join(str(path) for path in report_paths(report))}", soft_wrap=True)
+    console.print(f"Written: {', '.join(map(str, targets))}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _solve(
@@ -101,5 +104,5 @@ def _solve(
             bar.update(task, description=f"{model}: measured {number} training steps, the last {config}")
 
         solved = solve(graph, tiers, spec, model, measured)
-    console.print(f"{model}: measured {count} training steps in {time.perf_counter() - began:.0f} s")
+    console.print(f"{model}: measured {count} training steps in {time.perf_counter() - began:.0f} s", markup=False)
     return solved

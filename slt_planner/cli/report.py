@@ -32,5 +32,5 @@ def _load(subjects: list[Path]) -> Plan | list[RunResult]:
         if folder.is_file():
             raise InputError(f"{folder} is not a run folder; give one plan, or run folders alone")
         inside = sorted(path.parent for path in folder.glob(f"*/{SETTINGS}"))
-        runs += [load_run(path) for path in inside or [folder]]
+        runs += [load_run(path) for path in ([folder] if (folder / SETTINGS).exists() or not inside else inside)]
     return runs

@@ -8,10 +8,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from slt_planner.cli.common import command_line, consoles
+from slt_planner.cli.common import command_line, consoles, validated
 from slt_planner.errors import InputError, SltError
 from slt_planner.federated.result import RoundRow, RunResult, RunSettings
-from slt_planner.files import refuse_existing
+from slt_planner.federated.run_folder import METRICS, PICTURE, REPORT, clear_runs
+from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan, load_plan
 from slt_planner.reporting.report import report as write_report
 from slt_planner.reporting.terminal import run_table
@@ -26,12 +27,12 @@ def train(
     plan: Annotated[Path, typer.Option(help="The plan to run, made by slt-plan.")],
     dataset: Annotated[str, typer.Option(help="digits (embedded, 8x8 images) or parquet:DIR.")] = "digits",
     strategy: Annotated[str, typer.Option(help="slt, small, or both with a comma.")] = "slt",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Federated rounds [100; digits: 30].")] = None,
-    clients: Annotated[int | None, typer.Option(min=1, help="Clients in all [100; digits: 10].")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Federated rounds [100; small data: 30].")] = None,
+    clients: Annotated[int | None, typer.Option(min=1, help="Clients in all [100; small data: 10].")] = None,
     cohort_size: Annotated[int | None, typer.Option(min=1, help="Clients a round [10].")] = None,
     local_epochs: Annotated[int, typer.Option(min=1, help="Epochs a client trains in a round.")] = 1,
     local_batch: Annotated[
-        int | None, typer.Option(min=2, help="Images in a client's step [the plan's; digits: fewer].")
+        int | None, typer.Option(min=2, help="Images in a client's step [the plan's; small data: fewer].")
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="In the first round.")] = 0.1,
     final_learning_rate: Annotated[float, typer.Option(help="In the last round; cosine between.")] = 0.01,
@@ -60,16 +61,17 @@ def train(
         "partition": partition,
         "seed": seed,
     }
+    check_writable([out / METRICS])
     results = _run_all(loaded, strategies, given, fixed, out, force, progress_console)
-    write_report(results, out / "report.html", force=True, command=command_line(), picture=out / "accuracy.png")
+    write_report(results, out / REPORT, force=True, command=command_line(), picture=out / PICTURE)
     if json_output:
         print("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")
     console.print(run_table(results))
-    console.print(f"Written: {out}/ (metrics, weights, report.html, accuracy.png)", soft_wrap=True)
+    line = f"Written: {out}/ (metrics, weights, {REPORT}, {PICTURE})"
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
     if results[-1].status == "stopped":
-        raise SltError(
-            f"stopped after round {len(results[-1].rows)} of {results[-1].settings.rounds}; what is done is in {out}"
-        )
+        done, wanted = len(results[-1].rows), results[-1].settings.rounds
+        raise SltError(f"stopped after round {done} of {wanted}; what is done is in {out}")
 
 
 def _strategies(text: str) -> list[str]:
@@ -92,18 +94,27 @@ def _run_all(
     console: Console,
 ) -> list[RunResult]:
     from slt_planner.data.datasets import load_dataset
-    from slt_planner.federated.experiment import default_settings, image_shape, run_experiment
+    from slt_planner.federated.experiment import run_experiment
+    from slt_planner.federated.setup import default_settings, image_shape, load_network, prepare
 
+    seed = validated(RunSettings, strategy="slt", rounds=1, clients=1, cohort_size=1, local_batch=2, **fixed).seed
+    network = load_network(plan, seed)
     data = load_dataset(str(fixed["dataset"]), image_shape(plan), plan.num_classes)
     defaults = default_settings(plan, data, given["clients"]).model_dump()
     chosen = defaults | {name: value for name, value in given.items() if value is not None}
-    console.print(_words(data, chosen, given["local_batch"], plan), soft_wrap=True)
+    line = _words(data, chosen, given["local_batch"], plan)
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+    # All are prepared before the first one runs: what is wrong with the last must not cost the hours of the others.
+    all_settings = [validated(RunSettings, strategy=name, **chosen, **fixed) for name in strategies]
+    runs = [prepare(plan, settings, data, network) for settings in all_settings]
+    if force:
+        clear_runs(out)
     results: list[RunResult] = []
-    for name in strategies:
-        settings = RunSettings.model_validate({"strategy": name, **chosen, **fixed})
-        folder = out if len(strategies) == 1 else out / f"{name}-seed{settings.seed}"
-        with _Live(name, settings.rounds, console) as live:
-            results.append(run_experiment(plan, settings, data, folder, force=force, progress=live.show))
+    for run in runs:
+        name = run.settings.strategy
+        folder = out if len(runs) == 1 else out / f"{name}-seed{seed}"
+        with _Live(name, run.settings.rounds, console) as live:
+            results.append(run_experiment(run, folder, force=force, progress=live.show))
         if results[-1].status == "stopped":
             break
     return results
@@ -145,7 +156,7 @@ class _Live:
         )
         self._bar.update(self._task, advance=1, description=f"{self._strategy} {row.config} {row.accuracy:.1%}")
         if not self._console.is_terminal:
-            self._console.print(line, soft_wrap=True, highlight=False)
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _short(loss: float | None) -> str:

@@ -55,11 +55,15 @@ def local_batches(
         for chosen in order.split(training.batch_size):
             if len(chosen) < 2 and len(order) > 1:
                 continue
-            images = dataset.train_images[chosen]
-            if dataset.augment:
-                images = random_crop_flip(images, generator)
-            batch = normalise(images, dataset).to(memory_format=memory_format(training.step))
-            yield batch, dataset.train_labels[chosen]
+            # Nothing but the batch itself may stay alive here while the step runs: it would not be in the plan's peak.
+            yield _batch(dataset, chosen, training.step, generator), dataset.train_labels[chosen]
+
+
+def _batch(dataset: Dataset, chosen: Tensor, step: StepSettings, generator: torch.Generator) -> Tensor:
+    images = dataset.train_images[chosen]
+    if dataset.augment:
+        images = random_crop_flip(images, generator)
+    return normalise(images, dataset).to(memory_format=memory_format(step))
 
 
 def client_seed(seed: int, round_number: int, client: int) -> int:

@@ -45,14 +45,14 @@ def split_without_tail(order: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def recalibrate(
-    graph: ModelGraph, weights: Mapping[str, Tensor], head_scale: float, dataset: Dataset, seed: int
+    graph: ModelGraph, weights: Mapping[str, Tensor], config: Config, dataset: Dataset, seed: int
 ) -> dict[str, Tensor]:
-    """The same weights with running statistics of the network at `head_scale`, so that it can classify one image.
+    """The same weights with running statistics of the network that `config` cuts, so that it can classify one image.
 
     They are averaged over up to 1,024 training images, drawn by `seed` and used without labels, that stand for images
     the server holds.
     """
-    config = Config(freeze_depth=0, full_depth=0, head_scale=head_scale)
+    config = config.model_copy(update={"freeze_depth": 0})  # the statistics of frozen norms are wanted too
     model = extract(graph, weights, config, norms="running")
     order = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(seed))
     pieces = split_without_tail(order[:SERVER_IMAGES], BATCH // 4)

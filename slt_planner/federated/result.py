@@ -17,15 +17,15 @@ class RunSettings(Record):
 
     strategy: Literal["slt", "small"]
     dataset: str
-    rounds: int = Field(ge=1)
-    clients: int = Field(ge=1)
+    rounds: int = Field(ge=1, le=10**6)
+    clients: int = Field(ge=1, le=10**7)
     cohort_size: int = Field(ge=1)
-    local_epochs: int = Field(default=1, ge=1)
+    local_epochs: int = Field(default=1, ge=1, le=10**4)
     local_batch: int = Field(ge=2)
     learning_rate: float = Field(default=0.1, gt=0)
     final_learning_rate: float = Field(default=0.01, ge=0)
     partition: str = "iid"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class RoundRow(Record):
@@ -64,6 +64,8 @@ class RunTier(Record):
 
 class RunResult(Record):
     """A run of one strategy with one seed, finished or stopped.
+
+    `head_scale` is that of a run that holds one width from beginning to end.
 
     `accuracy_batch_statistics` and `accuracy_running_statistics` are of the final network on the test images, with
     norms as trained (statistics of batches of 1,024) and with running statistics recalibrated on the server's images;

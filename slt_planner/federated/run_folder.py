@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from slt_planner.config import Config
-from slt_planner.errors import InputError
+from slt_planner.errors import InputError, first_invalid
 from slt_planner.federated.result import RoundRow, RunResult
-from slt_planner.files import refuse_existing, write_bytes, write_text
+from slt_planner.files import append_text, refuse_existing, write_bytes, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SETTINGS, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
+REPORT, PICTURE = "report.html", "accuracy.png"
+_FILES = (SETTINGS, METRICS, WEIGHTS, REPORT, PICTURE)
 
 
 class RunFolder:
@@ -29,7 +31,6 @@ class RunFolder:
         if not force:
             refuse_existing([path])
         self.path = path
-        (path / WEIGHTS).unlink(missing_ok=True)  # those of an earlier run do not belong to this one's metrics
         write_text(path / METRICS, "", force=True)
 
     def write_settings(self, result: RunResult) -> None:
@@ -37,12 +38,11 @@ class RunFolder:
         write_text(self.path / SETTINGS, result.model_dump_json(indent=2, exclude={"rows"}) + "\n", force=True)
 
     def append(self, row: RoundRow) -> None:
-        """Add a round to metrics.jsonl."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(row.model_dump_json() + "\n")
+        """Add a round to metrics.jsonl; raises InputError if it cannot be written."""
+        append_text(self.path / METRICS, row.model_dump_json() + "\n")
 
     def write_weights(self, weights: "Mapping[str, Tensor]", config: Config) -> None:
-        """The global model's state dict, and in its metadata the configuration that it was last evaluated in."""
+        """The global model's state dict, whole; its metadata holds the configuration that was trained, to cut it by."""
         from safetensors.torch import save  # imports torch, which reading a run does not need
 
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
@@ -58,10 +58,23 @@ def load_run(folder: str | Path) -> RunResult:
     """
     folder = Path(folder)
     try:
-        result = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         *lines, _unfinished = (folder / METRICS).read_text(encoding="utf-8").split("\n")
-        return RunResult.model_validate({**result, "rows": [json.loads(line) for line in lines]})
+        rows = [json.loads(line) for line in lines]
+        return RunResult.model_validate({**settings, "rows": rows} if isinstance(settings, dict) else settings)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"run {folder}: {SETTINGS} or {METRICS} cannot be read; is it a run folder?") from error
-    except (json.JSONDecodeError, ValidationError) as error:
+    except ValidationError as error:
+        raise InputError(f"run {folder}: not a valid run: {first_invalid(error)}") from error
+    except (ValueError, RecursionError) as error:  # not JSON, or absurdly deep or long
         raise InputError(f"run {folder}: not a valid run ({str(error).splitlines()[0]})") from error
+
+
+def clear_runs(path: Path) -> None:
+    """Remove what earlier runs left in a folder, and in its subfolders that are runs; nothing else is touched."""
+    runs = [folder for folder in [path, *path.glob("*")] if (folder / SETTINGS).is_file()]
+    for folder in {path, *runs}:
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+        if folder != path and not any(folder.iterdir()):
+            folder.rmdir()

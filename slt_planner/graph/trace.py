@@ -15,7 +15,7 @@ from torch import fx, nn
 from slt_planner.config import Config
 from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.freeze_units import Unit, assign_units, kind_of_call
-from slt_planner.graph.widths import Cut, cut_graph, has_rule, is_weighted, kind_of, refusal
+from slt_planner.graph.widths import Cut, cut_graph, has_rule, is_weighted, kind_of, refusal, scaled_width
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +45,17 @@ class ModelGraph:
 
     def head_scales(self, full_depth: int) -> tuple[float, ...]:
         """The legal scales of a head behind `full_depth`: each k/C at which a head layer changes; ascending to 1.0."""
-        widths = {
+        channels = {
             node.meta["shape"][0]
             for node in self.programs[True].nodes
             if is_weighted(kind_of_call(node, self.modules)) and full_depth < node.meta["unit"] <= self.depth
         }
-        scales = {Fraction(k, width) for width in widths for k in range(1, width + 1)}
-        return tuple(float(scale) for scale in sorted(scales | {Fraction(1)}))
+        candidates = sorted({Fraction(k, c) for c in channels for k in range(1, c + 1)} | {Fraction(1)})
+        # Below one channel nothing shrinks: of several scales with the same widths only the first is legal.
+        by_widths: dict[tuple[int, ...], float] = {}
+        for scale in map(float, candidates):
+            by_widths.setdefault(tuple(scaled_width(c, scale) for c in sorted(channels)), scale)
+        return (*sorted(set(by_widths.values()) - {1.0}), 1.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelGraph":
         """Itself: a graph never changes, and a copied sub-model still belongs to it."""
@@ -81,6 +85,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> ModelGraph:
     >>> trace(load_model("resnet20"), (3, 32, 32)).depth
     19
     """
+    _refuse_shared(model)
     skeleton = _on_meta(model)
     programs = {mode: _program(skeleton.train(mode), input_shape) for mode in (False, True)}
     modules = dict(skeleton.named_modules())
@@ -171,6 +176,15 @@ def _refuse_unknown(program: fx.Graph, modules: Mapping[str, nn.Module]) -> None
             if fqn in called and any(True for _ in modules[fqn].parameters()):
                 raise refusal(node, kind, "used more than once has no width rule")
             called.add(fqn)
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    first_name: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first_name.setdefault(id(parameter), name) != name:
+            raise UnsupportedLayerError(
+                f"{name}: a parameter shared with {first_name[id(parameter)]} has no width rule; give each its own"
+            )
 
 
 def _structure_hash(program: fx.Graph, modules: Mapping[str, nn.Module], input_shape: tuple[int, ...]) -> str:

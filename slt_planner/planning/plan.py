@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from slt_planner.config import Config, Record, StepSettings, StepSpec
-from slt_planner.errors import InputError
+from slt_planner.config import MAX_BATCH, Config, Record, StepSettings, StepSpec
+from slt_planner.errors import InputError, first_invalid
 from slt_planner.files import write_text
 from slt_planner.memory.profile import Category, MemoryProfile
+from slt_planner.units import LARGEST_BYTES
 
 LimitedBy = Literal["budget", "later_stage", "weakest_tier", "full"]
 
@@ -44,7 +45,8 @@ class TierStage(Config):
     """A configuration that one tier holds for one stage, and what it costs there.
 
     `measured_peak_bytes` is on the allocator ruler; `measured_breakdown` adds up to it. `predicted_peak_bytes` is None
-    where nothing was predicted. `upload_bytes` are the trained parameters, sent once a round by each client.
+    where nothing was predicted. `upload_bytes` are the trained parameters (and their norms' running statistics, if
+    there are any), sent once a round by each client.
     `train_flops_per_sample` counts a multiply and an add as two; the frozen part runs forward only.
     """
 
@@ -88,7 +90,7 @@ class TierPlan(Record):
     """One device tier's answer. `status` says what the tier could do alone: ``full`` = train the whole network."""
 
     name: str
-    budget_bytes: int = Field(gt=0)
+    budget_bytes: int = Field(gt=0, le=LARGEST_BYTES)
     share: float = Field(gt=0, le=1)
     status: Literal["full", "scheduled", "infeasible"]
     reason: str | None = None
@@ -102,9 +104,9 @@ class Plan(Record):
 
     schema_version: Literal[1] = 1
     model: PlannedModel
-    input_shape: tuple[int, ...]
-    num_classes: int = Field(ge=1)
-    batch_size: int = Field(ge=2)
+    input_shape: tuple[Annotated[int, Field(ge=1, le=2**16)], ...] = Field(min_length=1)
+    num_classes: int = Field(ge=1, le=10**6)
+    batch_size: int = Field(ge=2, le=MAX_BATCH)
     step: StepSettings
     policy: Literal["coupled"] = "coupled"
     environment: dict[str, str]
@@ -114,6 +116,8 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _tiers_hold_together(self) -> "Plan":
+        if len({tier.name for tier in self.tiers}) < len(self.tiers):
+            raise ValueError("two tiers have the same name")
         for tier in self.tiers:
             self._check_tier(tier)
         if not self.feasible_tiers:
@@ -180,7 +184,6 @@ def load_plan(path: str | Path) -> Plan:
     except json.JSONDecodeError as error:
         raise InputError(f"plan {path}: not JSON (line {error.lineno}: {error.msg})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the plan"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise InputError(f"plan {path}: {where}: {first['msg']}{more}") from error
+        raise InputError(f"plan {path}: {first_invalid(error)}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise InputError(f"plan {path}: not a plan ({str(error).splitlines()[0]})") from error

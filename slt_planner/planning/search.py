@@ -37,11 +37,16 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class StageChoice:
-    """A stage as the binding tier sets it; `wider_head` is the next notch, over budget, where that is the limit."""
+    """A stage as the binding tier sets it.
+
+    `enough_frozen` is a freeze depth that was found to fit; `wider_head` is the next notch, over budget, where the
+    budget is what limits the head.
+    """
 
     full_depth: int
     head_scale: float
     limited_by: LimitedBy
+    enough_frozen: int
     wider_head: Config | None = None
 
 
@@ -59,7 +64,7 @@ def find_schedule(space: SearchSpace, budget: int) -> tuple[StageChoice, ...] | 
     Every head is the largest that fits and never shrinks later; a budget that holds the whole network is one stage.
     """
     if space.peak(space.deepest_frozen(0, 1.0)) <= budget:
-        return (StageChoice(space.depth, 1.0, "full"),)
+        return (StageChoice(space.depth, 1.0, "full", 0),)
     largest: list[float] = []
     for full_depth in range(space.depth + 1):
         scale = largest_scale(space, full_depth, budget)
@@ -74,18 +79,19 @@ def find_schedule(space: SearchSpace, budget: int) -> tuple[StageChoice, ...] | 
 
 def _limited(space: SearchSpace, largest: Sequence[float], full_depth: int) -> StageChoice:
     own, scale = largest[full_depth], min(largest[full_depth:])
+    enough_frozen = full_depth - 1
     if scale == 1.0:
-        return StageChoice(space.depth, 1.0, "full")
+        return StageChoice(space.depth, 1.0, "full", enough_frozen)
     if scale < own:
-        return StageChoice(full_depth, scale, "later_stage")
-    return StageChoice(full_depth, scale, "budget", _next_notch(space, full_depth, scale))
+        return StageChoice(full_depth, scale, "later_stage", enough_frozen)
+    return StageChoice(full_depth, scale, "budget", enough_frozen, _next_notch(space, full_depth, scale))
 
 
 def _warm_up(space: SearchSpace, own: float, first_stage: float) -> StageChoice:
     """The whole network at the first stage's scale, or at its own largest if that does not fit."""
     if first_stage <= own:
-        return StageChoice(0, first_stage, "later_stage")
-    return StageChoice(0, own, "budget", _next_notch(space, 0, own))
+        return StageChoice(0, first_stage, "later_stage", 0)
+    return StageChoice(0, own, "budget", 0, _next_notch(space, 0, own))
 
 
 def _next_notch(space: SearchSpace, full_depth: int, scale: float) -> Config:
@@ -121,27 +127,22 @@ def largest_scale(space: SearchSpace, full_depth: int, budget: int) -> float | N
 
 
 def least_frozen(space: SearchSpace, stage: StageChoice, budget: int, guess: int = 0) -> int:
-    """The smallest freeze_depth that fits at a stage's scale; (K_T - 1, K_T, s) must fit.
+    """The smallest freeze_depth that fits at a stage's scale; the stage's `enough_frozen` must fit.
 
-    The peak is taken to fall with the freeze depth; the next smaller one is evaluated and over. `guess` is where to
-    look first.
+    Both sides of the boundary are evaluated: the answer fits, one less is over. Elsewhere the peak is taken to fall
+    with the freeze depth. `guess` is where to look first.
     """
 
     def fits(freeze_depth: int) -> bool:
         return space.peak(space.config(freeze_depth, stage.full_depth, stage.head_scale)) <= budget
 
-    enough = max(0, stage.full_depth - 1)
-    if stage.head_scale == 1.0:
-        # full_depth is immaterial here, so the boundary may lie anywhere.
-        enough = space.depth - 1
-    too_few = -1
-    middle = min(guess, enough)
-    while enough - too_few > 1 or (too_few == -1 and enough > 0):
-        middle = min(max(middle, too_few + 1), enough - 1)
+    too_few, enough = -1, stage.enough_frozen
+    while enough - too_few > 1:
+        middle = min(max(guess, too_few + 1), enough - 1)
         if fits(middle):
-            enough, middle = middle, middle - 1
+            enough, guess = middle, middle - 1
         else:
-            too_few, middle = middle, (middle + 1 if middle == guess else (middle + enough) // 2)
+            too_few, guess = middle, (middle + 1 + enough) // 2
     return enough
 
 

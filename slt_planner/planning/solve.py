@@ -7,7 +7,7 @@ import torch
 
 from slt_planner.config import Config, StepSpec, Tier, equal_tiers
 from slt_planner.environment import environment
-from slt_planner.errors import InfeasibleError
+from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.flops import training_flops
 from slt_planner.memory.measure import measure
@@ -49,7 +49,7 @@ def solve(
         progress: called after each measured step.
 
     Raises:
-        InputError: a budget that cannot be read.
+        InputError: a budget that cannot be read, or tiers that share a name.
         InfeasibleError: no tier has a schedule; the message gives each tier's reason.
     """
     if spec.threads is None:
@@ -69,26 +69,29 @@ def solve(
         else _feasible(tier, schedule, bench, full_network.peak_bytes, binding=tier.name in outcomes)
         for tier in ordered
     )
-    binding = next(tier for tier in tier_plans if tier.stages)
-    fractions = rounds_fractions([stage.trainable_parameters for stage in binding.stages])
     return Plan(
-        model=PlannedModel(name=model_name, graph_hash=graph.hash, unit_names=tuple(unit.name for unit in graph.units)),
+        model=PlannedModel(name=model_name, graph_hash=graph.hash, unit_names=tuple(u.name for u in graph.units)),
         input_shape=graph.input_shape,
         num_classes=graph.num_classes,
         batch_size=spec.batch_size,
         step=spec.settings,
         environment=environment(spec.threads or 0),
         full_network=full_network,
-        stages=tuple(
-            Stage(
-                full_depth=choice.full_depth,
-                head_scale=choice.head_scale,
-                rounds_fraction=fraction,
-                limited_by=choice.limited_by,
-            )
-            for choice, fraction in zip(schedule, fractions, strict=True)
-        ),
+        stages=_shared_stages(schedule, next(tier for tier in tier_plans if tier.stages)),
         tiers=tier_plans,
+    )
+
+
+def _shared_stages(schedule: Sequence[StageChoice], binding: TierPlan) -> tuple[Stage, ...]:
+    fractions = rounds_fractions([stage.trainable_parameters for stage in binding.stages])
+    return tuple(
+        Stage(
+            full_depth=choice.full_depth,
+            head_scale=choice.head_scale,
+            rounds_fraction=fraction,
+            limited_by=choice.limited_by,
+        )
+        for choice, fraction in zip(schedule, fractions, strict=True)
     )
 
 
@@ -115,9 +118,8 @@ class MeasuringBench:
     def profile_full_network(self) -> MemoryProfile:
         """The whole network end to end, with a row a unit."""
         config = self.space().config(0, 0, 1.0)
-        self.profiles[config] = self._measure(config, details=False)
         rows = self._measure(config, details=True).units
-        return self.profiles[config].model_copy(update={"units": rows})
+        return self.profile(config).model_copy(update={"units": rows})
 
     def _measure(self, config: Config, details: bool) -> MemoryProfile:
         return measure(extract(self.graph, None, config, self.spec.norms), self.spec, details=details)
@@ -127,6 +129,8 @@ def _ordered_tiers(tiers: Sequence[str] | Sequence[Tier]) -> tuple[Tier, ...]:
     named = [tier for tier in tiers if isinstance(tier, Tier)]
     if not named:
         return equal_tiers([tier for tier in tiers if isinstance(tier, str)])
+    if len(named) < len(tiers) or len({tier.name for tier in named}) < len(named):
+        raise InputError("tiers: give budgets alone, or tiers alone, each with a name of its own")
     return tuple(sorted(named, key=lambda tier: tier.budget_bytes))
 
 
@@ -201,6 +205,6 @@ def _infeasible(tier: Tier, outcome: NoSchedule, space: SearchSpace) -> TierPlan
 def _reason(outcome: NoSchedule, space: SearchSpace) -> str:
     stage = f"the stage with {outcome.full_depth} full layers" if outcome.full_depth else "the warm-up"
     return (
-        f"{stage} needs {format_bytes(outcome.floor_bytes)} even with its narrowest head; "
-        f"the smallest budget with a schedule is {format_bytes(smallest_budget(space))}"
+        f"{stage} needs {format_bytes(outcome.floor_bytes, round_up=True)} even with its narrowest head; "
+        f"the smallest budget with a schedule is {format_bytes(smallest_budget(space), round_up=True)}"
     )

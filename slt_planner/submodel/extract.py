@@ -40,8 +40,10 @@ class SubModel(nn.Module):
         self.extraction = extraction
         for fqn, module in modules.items():
             _put_module(self, fqn, module)
-        # Only the compiled functions are kept: a GraphModule is in a reference cycle and would wait for the collector.
-        self._forwards = {mode: type(fx.GraphModule(self, program)).forward for mode, program in programs.items()}
+        # Only the compiled functions are kept, made from the weightless skeleton: a GraphModule is in a reference cycle
+        # and what it holds would wait for the garbage collector.
+        skeleton = extraction.graph.skeleton
+        self._forwards = {mode: type(fx.GraphModule(skeleton, program)).forward for mode, program in programs.items()}
         self.train()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def test_slt_plan_prints_the_table_and_writes_plan_and_report(planned):
     assert [tier.status for tier in plan.tiers] == ["infeasible", "scheduled", "full"]
     for tier in plan.feasible_tiers:
         assert all(stage.measured_peak_bytes <= tier.budget_bytes for stage in tier.stages)
-    assert (folder / "reports" / "plan.html").read_text().startswith("<!doctype html>")
+    assert (folder / "reports" / "plan.html").read_text().startswith("<!DOCTYPE html>")
     assert (folder / "reports" / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert "slt-plan resnet20 --budgets 3,6,20MB --batch-size 8" in (folder / "reports" / "plan.html").read_text()
     # Nothing but progress goes to stderr, not even the profiler's own lines.
@@ -88,6 +88,14 @@ def test_json_goes_to_stdout_alone(command, tmp_path):
         (["resnet20", "--budgets", "1MB", "--input-shape", "3,x"], 2, "--input-shape '3,x': give positive whole"),
         (["resnet20", "--budgets", "1MB", "--input-shape", "1,32,32"], 2, "does not take inputs of 1x32x32"),
         (["resnet20", "--budgets", "1MB", "--report", "x.pdf"], 2, "must end in .html"),
+        (["resnet20", "--budgets", "1MB", "--out", "x.html", "--report", "x.html"], 2, "give them different names"),
+        (["resnet20", "--budgets", "1MB", "--out", "/proc/no/plan.json"], 2, "/proc/no/plan.json: cannot be written"),
+        (["resnet20", "--budgets", "1MB", "--out", "n" * 300], 2, "cannot be written (File name too long)"),
+        (["resnet20", "--budgets", "1MB", "--batch-size", "1000000000000"], 2, "--batch-size 1000000000000: "),
+        (["resnet20", "--budgets", "1MB", "--threads", "1000000000000"], 2, "--threads 1000000000000: "),
+        (["resnet20", "--budgets", "1MB", "--num-classes", "1000000000000"], 2, "--num-classes"),
+        (["resnet20", "--budgets", "1MB", "--weight-decay", "inf"], 2, "--weight-decay inf: "),
+        (["resnet20", "--budgets", "1MB", "--input-shape", ""], 2, "--input-shape '': give positive whole"),
         (["densenet121", "--budgets", "1MB"], 2, "cat has no width rule"),
         (["resnet20", "--budgets", "1MB", "--batch-size", "4"], 3, "1MB: the stage with 1 full layers needs"),
     ],
@@ -156,7 +164,12 @@ def test_several_strategies_go_into_subfolders_and_are_reported_again_later(comm
         (["--plan", "plan.json", "--learning-rate", "0"], "--learning-rate 0.0: "),
         (["--plan", "plan.json", "--partition", "some"], "unknown partition 'some'"),
         (["--plan", "plan.json", "--seed", "-1"], "--seed -1: "),
+        (["--plan", "plan.json", "--seed", "99999999999999999999"], "--seed 99999999999999999999: "),
+        (["--plan", "plan.json", "--learning-rate", "inf"], "--learning-rate inf: "),
+        (["--plan", "plan.json", "--strategy", "small,slt", "--rounds", "3"], "3 rounds for a schedule of"),
         (["--plan", "plan.json", "--out", "plan.json"], "plan.json exists"),
+        (["--plan", "plan.json", "--out", "plan.json/run"], "plan.json/run"),
+        (["--plan", "plan.json", "--out", "plan.json", "--force"], "plan.json"),
         ([], "--plan"),
     ],
 )
@@ -174,6 +187,46 @@ def test_slt_train_refuses_in_one_line(command, plan, tmp_path, words, message):
     assert done.err.splitlines()[-1].startswith("slt-train: error: ")
     assert "Traceback" not in done.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_forcing_a_run_replaces_what_was_there_and_a_refused_one_keeps_it(command, plan, images, tmp_path):
+    words = ["slt-train", "--plan", plan, "--dataset", "parquet:images", "--clients", "3", "--cohort-size", "1"]
+    words += ["--out", "x[/b] run"]  # what looks like markup is a name
+    done = command(*words, "--strategy", "small,slt", "--rounds", "14")
+    assert done.code == 0, done.err
+    folder = tmp_path / "x[/b] run"
+    (folder / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    refused = command(*words, "--strategy", "slt", "--rounds", "3", "--force")
+    assert refused.code == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    forced = command(*words, "--strategy", "small", "--rounds", "2", "--force")
+    assert forced.code == 0, forced.err
+    assert "Written: x[/b] run/" in forced.out
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "accuracy.png",
+        "config.json",
+        "metrics.jsonl",
+        "notes.txt",
+        "report.html",
+        "weights.safetensors",
+    ]
+    assert len(load_run(folder).rows) == 2
+
+
+def test_a_report_of_what_is_no_run_says_what_is_wrong(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    for text, words in [
+        ("[]", "not a valid run: "),
+        ("{}", "settings: Field required (and "),
+        ("{", "not a valid run ("),
+    ]:
+        (tmp_path / "run" / "config.json").write_text(text)
+        done = command("slt", "report", "run", "-o", "x.html")
+        assert done.code == 2
+        assert words in done.err
+        assert done.err.count("\n") == 1
 
 
 def test_a_plan_of_another_network_is_refused(command, plan, tmp_path):

@@ -7,21 +7,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from slt_planner.config import Config, StepSpec, Tier
 from slt_planner.data.datasets import Dataset, normalise
 from slt_planner.data.partition import partition
-from slt_planner.errors import InputError
-from slt_planner.federated.client import client_seed, learning_rate
+from slt_planner.errors import InfeasibleError, InputError
+from slt_planner.federated.client import LocalTraining, client_seed, learning_rate, train_client
 from slt_planner.federated.evaluate import evaluate, recalibrate, split_without_tail
-from slt_planner.federated.experiment import default_settings, make_federation, run_experiment
+from slt_planner.federated.experiment import run_experiment, train
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.run_folder import load_run
+from slt_planner.federated.setup import deal_clients, default_settings, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.graph.trace import trace
+from slt_planner.memory import cpu
 from slt_planner.memory.measure import measure
+from slt_planner.models.registry import load_model
 from slt_planner.planning.solve import solve
 from slt_planner.submodel.extract import extract
 from tests.unit.test_solve import small_network
@@ -74,8 +78,12 @@ def settings_of(**changes):
     return RunSettings(**{**values, **changes})
 
 
+def prepared(plan, dataset, **changes):
+    return prepare(plan, settings_of(**changes), dataset, load_network(plan, 0, network()))
+
+
 def run(plan, dataset, folder, **changes):
-    return run_experiment(plan, settings_of(**changes), dataset, folder, model=network())
+    return run_experiment(prepared(plan, dataset, **changes), folder)
 
 
 def test_a_plan_of_full_tiers_is_plain_fedavg_to_the_bit(full_plan, dataset, tmp_path):
@@ -174,14 +182,14 @@ def test_an_interrupt_leaves_a_readable_folder_with_weights(scheduled_plan, data
         if row.round == 3:
             raise KeyboardInterrupt
 
-    settings = settings_of()
-    result = run_experiment(
-        scheduled_plan, settings, dataset, tmp_path / "run", model=network(), progress=stop_after_three
-    )
+    result = run_experiment(prepared(scheduled_plan, dataset), tmp_path / "run", progress=stop_after_three)
     assert result.status == "stopped"
     assert len(result.rows) == 3
     assert load_run(tmp_path / "run") == result
-    assert (tmp_path / "run" / "weights.safetensors").exists()
+    with safe_open(tmp_path / "run" / "weights.safetensors", "pt") as file:
+        assert Config.model_validate_json(file.metadata()["config"]) == result.rows[-1].config
+        kept = file.get_tensor("1.running_mean")
+    assert kept.abs().sum() > 0  # recalibrated, so that one image can be classified
     assert not list((tmp_path / "run").glob(".*"))
 
 
@@ -207,24 +215,26 @@ def test_settings_that_do_not_go_together_are_refused(full_plan, scheduled_plan,
             run(scheduled_plan, dataset, tmp_path / str(number), **change)
         assert words in str(caught.value)
         assert not (tmp_path / str(number)).exists()
-    with pytest.raises(InputError, match="the model is not the plan's"):
-        run_experiment(
-            full_plan,
-            settings_of(),
-            dataset,
-            tmp_path / "x",
-            model=torch.nn.Sequential(*list(network())[:2], *list(network())[3:]),
+    tiers = [
+        tier.model_copy(update={"share": share})
+        for tier, share in zip(scheduled_plan.tiers, (0.8, 0.1, 0.1), strict=True)
+    ]
+    with pytest.raises(InputError, match="none of the 1 clients is in a tier that takes part"):
+        run(
+            scheduled_plan.model_copy(update={"tiers": tuple(tiers)}), dataset, tmp_path / "x", clients=1, cohort_size=1
         )
+    with pytest.raises(InputError, match="the model is not the plan's"):
+        load_network(full_plan, 0, torch.nn.Sequential(*list(network())[:2], *list(network())[3:]))
     with pytest.raises(InputError, match="the plan names no model"):
-        run_experiment(full_plan, settings_of(), dataset, tmp_path / "x")
+        load_network(full_plan, 0)
 
 
 def test_clients_are_dealt_to_tiers_by_share(scheduled_plan, dataset):
-    federation = make_federation(scheduled_plan, settings_of(clients=20), dataset)
-    assert [federation.tier_of.count(i) for i in range(3)] == [4, 8, 8]
-    assert sorted(np.concatenate(federation.images_of)) == list(range(80))
-    again = make_federation(scheduled_plan, settings_of(clients=20), dataset)
-    assert again.tier_of == federation.tier_of
+    run = prepared(scheduled_plan, dataset, clients=20)
+    assert [run.tier_of.count(i) for i in range(3)] == [4, 8, 8]
+    assert sorted(np.concatenate(run.images_of)) == list(range(80))
+    assert deal_clients(scheduled_plan, settings_of(clients=20)) == run.tier_of
+    assert deal_clients(scheduled_plan, settings_of(clients=20, seed=4)) != run.tier_of
 
 
 def test_every_round_belongs_to_one_stage(scheduled_plan):
@@ -257,9 +267,59 @@ def test_evaluation_counts_every_image_once_and_never_a_batch_of_one(dataset):
 
 def test_recalibrated_statistics_are_the_mean_over_the_servers_images(dataset):
     weights = network().state_dict()
-    new = recalibrate(GRAPH, weights, 1.0, dataset, seed=1)
+    new = recalibrate(GRAPH, weights, Config.full_network(), dataset, seed=1)
     first = copy.deepcopy(network()[0])
     with torch.no_grad():
         outputs = first(normalise(dataset.train_images, dataset))
     torch.testing.assert_close(new["1.running_mean"], outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
     assert all(torch.equal(new[k], weights[k]) for k in weights if "running" not in k)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_clients_real_step_needs_what_the_plan_measured(augment):
+    """The whole of local training, recorded: nothing but the step and the client's list of images is alive."""
+    model = load_model("resnet20")
+    graph = trace(model, (3, 32, 32))
+    config, batch = Config(freeze_depth=4, full_depth=5, head_scale=0.25), 16
+    images = torch.randint(256, (96, 3, 32, 32), dtype=torch.uint8)
+    data = Dataset(
+        "noise", images, torch.arange(96) % 10, images[:2], torch.arange(2), 10, (0.5,) * 3, (0.3,) * 3, augment
+    )
+    spec = StepSpec(batch_size=batch, threads=1)
+    sub = extract(graph, model, config)
+    planned = measure(sub, spec, details=False).peak_bytes
+    before = sum(parameter.nbytes for parameter in sub.parameters())
+    training = LocalTraining(spec.settings, batch, epochs=1, learning_rate=0.01)
+    allocations, _ = cpu.record(lambda: train_client(sub, data, np.arange(96), training, seed=1))
+    live, peak = before, 0
+    for event in allocations:
+        live += event.size
+        peak = max(peak, live)
+    order_and_generators = 2 * 96 * 8 + 16_384
+    assert planned <= peak <= planned + order_and_generators
+
+
+def test_a_step_over_its_budget_on_this_machine_is_refused_before_the_first_round(scheduled_plan, dataset):
+    """As on a machine whose kernels need more scratch than the one that planned."""
+    data = scheduled_plan.model_dump()
+    for tier in data["tiers"]:
+        tier["budget_bytes"] //= 4
+        for stage in tier["stages"]:
+            stage["measured_peak_bytes"] //= 4
+            stage["measured_breakdown"] = {"weights": stage["measured_peak_bytes"]}
+    with pytest.raises(
+        InfeasibleError, match=r"tier weak: a step of .* needs .* on this machine; make the plan again here"
+    ):
+        prepared(
+            type(scheduled_plan).model_validate(data | {"tiers": [t | {"proofs": ()} for t in data["tiers"]]}), dataset
+        )
+
+
+def test_train_from_python_takes_the_commands_arguments(full_plan, tmp_path):
+    plan = solve(trace(load_model("resnet20"), (3, 32, 32)), ["1GB"], StepSpec(batch_size=8), "resnet20")
+    result = train(plan, "digits", rounds=1, clients=20, cohort_size=1, out=tmp_path / "run")
+    assert result.settings == RunSettings(
+        strategy="slt", dataset="digits", rounds=1, clients=20, cohort_size=1, local_batch=8
+    )
+    with pytest.raises(ValueError, match="clients"):
+        train(plan, "digits", clients=-1, out=tmp_path / "other")

@@ -18,14 +18,17 @@ from slt_planner.planning.search import (
 
 @dataclass
 class Problem:
-    """A made-up network: its peak grows with the head, and what is trained at full width; s = 1.0 may need less."""
+    """A made-up network: its peak grows with the head, and with what is trained at full width.
+
+    s = 1.0 may need less than the notch below (no cut), and some full_depths more than their neighbours (holes).
+    """
 
     depth: int
     notches: int
     frozen_cost: list[int]
     trained_cost: list[int]
-    head_cost: list[int]
     cut_cost: int
+    bump: list[int]
     budget: int
     asked: set[Config] = field(default_factory=set)
 
@@ -35,11 +38,10 @@ class Problem:
     def peak(self, config):
         self.asked.add(config)
         f, t, s = config.freeze_depth, config.full_depth, config.head_scale
-        head = sum(self.head_cost[t:])
         if s == 1.0:
             return sum(self.frozen_cost[:f]) + sum(self.trained_cost[f:])
-        scaled = int(s * sum(self.trained_cost[t:])) + int(s * head)
-        return sum(self.frozen_cost[:f]) + sum(self.trained_cost[f:t]) + scaled + self.cut_cost
+        scaled = int(s * sum(self.trained_cost[t:]))
+        return sum(self.frozen_cost[:f]) + sum(self.trained_cost[f:t]) + scaled + self.cut_cost + self.bump[t]
 
     def space(self):
         return SearchSpace(self.depth, self.scales, self.peak)
@@ -55,8 +57,8 @@ def problems(draw):
         notches=draw(st.integers(1, 9)),
         frozen_cost=[draw(st.integers(0, cost)) for cost in trained],
         trained_cost=trained,
-        head_cost=[0] * depth,
         cut_cost=draw(st.integers(0, 30)),
+        bump=draw(st.lists(st.sampled_from([0, 0, 25]), min_size=depth + 1, max_size=depth + 1)),
         budget=draw(st.integers(1, 260)),
     )
 
@@ -119,7 +121,8 @@ def test_the_least_frozen_is_the_one_that_brute_force_finds(problem, guess, extr
         return
     for stage in schedule:
         problem.budget += extra  # a stronger tier
-        deepest = problem.depth - 1 if stage.head_scale == 1.0 else max(0, stage.full_depth - 1)
+        deepest = stage.enough_frozen
+        assert fits(problem, deepest, stage.full_depth, stage.head_scale)
         expected = next(k for k in range(deepest + 1) if fits(problem, k, stage.full_depth, stage.head_scale))
         problem.asked.clear()
         found = least_frozen(problem.space(), stage, problem.budget, guess)

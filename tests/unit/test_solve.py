@@ -140,6 +140,10 @@ def test_a_plan_that_contradicts_itself_is_refused(tmp_path):
     cases = [
         (lambda d: d.update(schema_version=2), "schema_version"),
         (lambda d: d.update(surprise=1), "surprise"),
+        (lambda d: d["tiers"].append(d["tiers"][0]), "two tiers have the same name"),
+        (lambda d: d["tiers"][0].update(budget_bytes=10**400), "budget_bytes"),
+        (lambda d: d.update(input_shape=[3, -1, 32]), "input_shape.1"),
+        (lambda d: d["step"]["optimizer"].update(weight_decay=float("inf")), "weight_decay"),
         (lambda d: d["tiers"][0].update(budget_bytes=1), "over the budget"),
         (lambda d: d["tiers"][0]["stages"][0].update(measured_peak_bytes=7), "does not add up"),
         (lambda d: d["tiers"][0]["stages"][0].update(freeze_depth=99), stage),
@@ -157,7 +161,55 @@ def test_a_plan_that_contradicts_itself_is_refused(tmp_path):
         assert words in str(caught.value), caught.value
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"batch_size": ' + "9" * 5000 + "}", "[]", "7", "", "\xff"])
+def test_a_file_that_is_no_plan_at_all(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"plan\.json: ") as caught:
+        load_plan(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_published_schema_is_that_of_the_records():
 
     published = json.loads((files("slt_planner.planning") / "plan.schema.json").read_text())
     assert published == Plan.model_json_schema()
+
+
+def test_what_a_stage_costs_is_what_counting_by_hand_says():
+    """Parameters of the cut convolutions, norms and classifier, written out; rounds in proportion to them."""
+    floor = max(peak(max(0, k - 1), k, GRAPH.head_scales(k)[0]) for k in range(3))
+    plan = solve(GRAPH, [Tier(name="one", budget_bytes=floor + 3000, share=1.0)], SPEC)
+    (tier,) = plan.tiers
+    counted = []
+    for stage in tier.stages:
+        f, t, s = stage.freeze_depth, stage.full_depth, stage.head_scale
+        a, b, c = (full if unit <= t else max(1, int(s * full + 1e-9)) for unit, full in ((1, 4), (2, 6), (3, 6)))
+        units = [3 * a * 9 + 2 * a, a * b * 9 + b, b * c * 9 + c]
+        counted.append(sum(units[f:]) + c * 3 + 3)
+        assert stage.trainable_parameters == counted[-1]
+        assert stage.upload_bytes == 4 * counted[-1]
+    assert [stage.rounds_fraction for stage in plan.stages] == pytest.approx([n / sum(counted) for n in counted])
+    assert plan.stages[0].limited_by in ("later_stage", "budget")
+    assert plan.stages[-1].limited_by == "full"
+
+
+def test_a_stronger_tier_follows_the_weakest():
+    full = peak(0, 0, 1.0)
+    plan = solve(
+        GRAPH,
+        [Tier(name="weak", budget_bytes=full - 1, share=0.5), Tier(name="strong", budget_bytes=2 * full, share=0.5)],
+        SPEC,
+    )
+    weak, strong = plan.tiers
+    assert [s.limited_by for s in weak.stages] == [s.limited_by for s in plan.stages]
+    assert {s.limited_by for s in strong.stages} <= {"weakest_tier", "full"}
+    assert all(stage.freeze_depth == 0 for stage in strong.stages)
+    with pytest.raises(InputError, match="each with a name of its own"):
+        solve(
+            GRAPH,
+            [Tier(name="a", budget_bytes=full, share=0.5), Tier(name="a", budget_bytes=2 * full, share=0.5)],
+            SPEC,
+        )
+    with pytest.raises(InputError, match="budgets alone, or tiers alone"):
+        solve(GRAPH, ["1MB", Tier(name="a", budget_bytes=full, share=0.5)], SPEC)

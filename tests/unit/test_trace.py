@@ -74,6 +74,15 @@ def test_head_scales_are_where_some_width_of_the_head_changes(full_depth):
     assert graph.head_scales(full_depth) == tuple(sorted(changes | narrowest | {1.0}))
 
 
+def test_scales_that_change_no_width_are_not_legal():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+    )
+    scales = trace(network, (3, 8, 8)).head_scales(0)
+    widths = [(scaled_width(4, s), scaled_width(6, s)) for s in scales]
+    assert widths == [(1, 1), (1, 2), (2, 3), (2, 4), (3, 4), (3, 5), (4, 6)]
+
+
 def test_widths_of_whole_notches_are_whole_in_floating_point():
     for channels in range(1, 2049):
         for k in (1, channels // 3 or 1, channels - 1 or 1, channels):
@@ -95,6 +104,17 @@ class Doubled(nn.Module):
         return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.conv(self.conv(x)), 1), 1))
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.b.weight = self.a.weight
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, x):
+        return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.b(self.a(x)), 1), 1))
+
+
 class Grouped(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv2d(4, 8, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
@@ -105,6 +125,7 @@ class Grouped(nn.Sequential):
     [
         (Branching(), (3, 8, 8), "cannot be traced by torch.fx"),
         (Doubled(), (3, 8, 8), "conv: Conv2d used more than once"),
+        (Tied(), (3, 8, 8), "b.weight: a parameter shared with a.weight has no width rule"),
         (Grouped(), (4, 8, 8), "0: Conv2d with groups=2 has no width rule"),
         (
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.PixelShuffle(2)),

@@ -80,6 +80,13 @@ def test_records_are_frozen_and_refuse_unknown_fields():
 
 def test_bytes_for_people():
     assert [format_bytes(n) for n in (12, 1500, 209_750_784, 3 * 10**9)] == ["12 B", "1.5 kB", "209.8 MB", "3.0 GB"]
+    assert [format_bytes(n) for n in (999_949, 999_999, 5 * 10**13)] == ["999.9 kB", "1.0 MB", "50000.0 GB"]
+
+
+@given(st.integers(1, 2**49))
+def test_what_is_rounded_up_is_enough(number):
+    amount = format_bytes(number, round_up=True)
+    assert number <= parse_bytes(amount) <= max(number * 1.11, number + 100)
 
 
 @pytest.mark.parametrize(

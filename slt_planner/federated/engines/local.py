@@ -64,3 +64,4 @@ def run_clients(
             yield assignment.config, trained, len(assignment.indices)
         else:
             log.refused += 1
+        del model, trained

@@ -22,12 +22,16 @@ class ServerState:
 class Strategy(Protocol):
     """A federated method. Rounds count from 1; a state of `round` r is about to do round r + 1."""
 
+    def tier_configs(self, tier: str) -> tuple[Config, ...]:
+        """Everything a client of a tier will ever train; empty if the tier sits out."""
+        ...
+
     def stage(self, state: ServerState) -> int:
         """The stage (from 0) of the next round; a method without stages is always in stage 0."""
         ...
 
-    def client_config(self, state: ServerState, tier: str) -> Config | None:
-        """What a client of a tier trains in the next round; None if the tier sits out."""
+    def client_config(self, state: ServerState, tier: str) -> Config:
+        """What a client of a tier that takes part trains in the next round."""
         ...
 
     def evaluation_config(self, state: ServerState) -> Config:

@@ -17,18 +17,21 @@ class SuccessiveLayerTraining:
     """
 
     def __init__(self, plan: Plan, rounds: int) -> None:
-        self._stages = {tier.name: [stage.config for stage in tier.stages] for tier in plan.tiers}
+        self._stages = {tier.name: tuple(stage.config for stage in tier.stages) for tier in plan.tiers}
         self._binding = plan.binding_tier.name
         self._last_rounds = list(accumulate(deal_rounds(rounds, [s.rounds_fraction for s in plan.stages])))
+
+    def tier_configs(self, tier: str) -> tuple[Config, ...]:
+        """The tier's stages; none for an infeasible tier."""
+        return self._stages[tier]
 
     def stage(self, state: ServerState) -> int:
         """The stage that the next round belongs to."""
         return min(bisect_right(self._last_rounds, state.round), len(self._last_rounds) - 1)
 
-    def client_config(self, state: ServerState, tier: str) -> Config | None:
-        """The tier's configuration in this stage; an infeasible tier has none."""
-        stages = self._stages[tier]
-        return stages[self.stage(state)] if stages else None
+    def client_config(self, state: ServerState, tier: str) -> Config:
+        """The tier's configuration in this stage."""
+        return self._stages[tier][self.stage(state)]
 
     def evaluation_config(self, state: ServerState) -> Config:
         """All tiers share full_depth and head_scale, so they all evaluate the same network."""

@@ -29,14 +29,17 @@ class SmallNetwork:
             raise InfeasibleError(
                 f"small: the narrowest network needs {floor}, over the {weakest.name} of the weakest tier"
             )
-        self.head_scale = scale
         self._config = Config(freeze_depth=0, full_depth=0, head_scale=scale)
+
+    def tier_configs(self, tier: str) -> tuple[Config, ...]:
+        """The one network there is."""
+        return (self._config,)
 
     def stage(self, state: ServerState) -> int:
         """There is one stage."""
         return 0
 
-    def client_config(self, state: ServerState, tier: str) -> Config | None:
+    def client_config(self, state: ServerState, tier: str) -> Config:
         """Every tier trains the same network."""
         return self._config
 

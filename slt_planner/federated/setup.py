@@ -1,0 +1,169 @@
+"""Before the first round: who takes part, with which images, on which strategy, and whether every step fits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from slt_planner.config import Config, Record, StepSpec
+from slt_planner.data.datasets import Dataset
+from slt_planner.data.partition import partition
+from slt_planner.errors import InfeasibleError, InputError
+from slt_planner.federated.result import RunSettings
+from slt_planner.federated.strategies.base import ServerState, Strategy, init
+from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
+from slt_planner.federated.strategies.small import SmallNetwork
+from slt_planner.graph.trace import ModelGraph, trace
+from slt_planner.memory.measure import measure
+from slt_planner.memory.step import threads
+from slt_planner.models.registry import load_model
+from slt_planner.planning.plan import Plan
+from slt_planner.planning.rounds import largest_remainder
+from slt_planner.submodel.extract import extract
+from slt_planner.units import format_bytes
+
+_DEAL_STREAM = 1  # keeps this use of the seed apart from the others
+_SMALL_DATASET = 10_000
+
+
+class Defaults(Record):
+    """What a run takes where the user says nothing."""
+
+    rounds: int
+    clients: int
+    cohort_size: int
+    local_batch: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run ready for its first round; `client_peaks` are measured training steps at the local batch.
+
+    `tier_of` is each client's tier (a place in the plan's tiers), `images_of` its training images.
+    """
+
+    plan: Plan
+    settings: RunSettings
+    graph: ModelGraph
+    strategy: Strategy
+    dataset: Dataset
+    tier_of: tuple[int, ...]
+    images_of: tuple[np.ndarray, ...]
+    client_peaks: Mapping[Config, int]
+    start: ServerState
+
+
+def default_settings(plan: Plan, dataset: Dataset, clients: int | None) -> Defaults:
+    """100 clients, cohorts of 10, 100 rounds and the plan's batch.
+
+    With fewer than 10,000 training images: 10 clients, 30 rounds (more if the plan has more stages), and a batch that a
+    client can fill eight times, so that a round is more than one step.
+    """
+    small = len(dataset.train_labels) < _SMALL_DATASET
+    clients = clients or (10 if small else 100)
+    batch = plan.batch_size
+    if small:
+        images = max(2, len(dataset.train_labels) // clients)
+        batch = min(batch, max(2, 2 ** ((images // 8).bit_length() - 1)))
+    rounds = max(30 if small else 100, len(plan.stages))
+    return Defaults(rounds=rounds, clients=clients, cohort_size=min(10, clients), local_batch=batch)
+
+
+def image_shape(plan: Plan) -> tuple[int, int, int]:
+    """The plan's input as (channels, height, width).
+
+    Raises:
+        InputError: the plan's network does not take images.
+    """
+    if len(plan.input_shape) != 3:
+        raise InputError(f"the plan's input {plan.input_shape} is not an image (channels, height, width)")
+    channels, height, width = plan.input_shape
+    return channels, height, width
+
+
+def load_network(plan: Plan, seed: int, model: nn.Module | None = None) -> tuple[nn.Module, ModelGraph]:
+    """The plan's network, freshly initialised by `seed` (or the one given), and its graph.
+
+    Raises:
+        InputError: the plan names no network and none is given, or the network is not the plan's.
+    """
+    if model is None:
+        if plan.model.name is None:
+            raise InputError("the plan names no model; pass the network it was made for")
+        torch.manual_seed(seed)
+        model = load_model(plan.model.name, plan.num_classes)
+    graph = trace(model, plan.input_shape)
+    if graph.hash != plan.model.graph_hash:
+        raise InputError(
+            f"the model is not the plan's: its graph is {graph.hash}, planned was {plan.model.graph_hash}; "
+            "make a plan for this one"
+        )
+    return model, graph
+
+
+def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[nn.Module, ModelGraph]) -> Run:
+    """A run before its first round; every step that any client will take is measured here, on this machine.
+
+    Args:
+        plan: the plan to run.
+        settings: everything else that the run depends on.
+        dataset: the images, loaded.
+        network: the network to start from and its graph, as `load_network` gives them.
+
+    Raises:
+        InputError: settings that contradict each other, the plan or the data.
+        InfeasibleError: no small network fits (strategy ``small``), or a step needs more than its tier's budget here.
+    """
+    _check_settings(plan, settings)
+    model, graph = network
+    with threads(plan.step):
+        strategy = make_strategy(plan, settings, graph)
+        tier_of = deal_clients(plan, settings)
+        if not any(strategy.tier_configs(plan.tiers[tier].name) for tier in tier_of):
+            raise InputError(f"none of the {settings.clients} clients is in a tier that takes part; use more clients")
+        images = partition(dataset.train_labels, settings.clients, settings.partition, settings.seed)
+        peaks = _client_peaks(plan, settings, graph, strategy)
+    return Run(plan, settings, graph, strategy, dataset, tier_of, tuple(images), peaks, init(model))
+
+
+def make_strategy(plan: Plan, settings: RunSettings, graph: ModelGraph) -> Strategy:
+    """The strategy of a run, by its name."""
+    if settings.strategy == "small":
+        return SmallNetwork(plan, graph)
+    return SuccessiveLayerTraining(plan, settings.rounds)
+
+
+def deal_clients(plan: Plan, settings: RunSettings) -> tuple[int, ...]:
+    """Each client's tier: as many a tier as its share says, dealt by the seed."""
+    counts = largest_remainder(settings.clients, [tier.share for tier in plan.tiers])
+    dealt = [tier for tier, count in enumerate(counts) for _ in range(count)]
+    np.random.default_rng([settings.seed, _DEAL_STREAM]).shuffle(dealt)
+    return tuple(dealt)
+
+
+def _check_settings(plan: Plan, settings: RunSettings) -> None:
+    if settings.local_batch > plan.batch_size:
+        raise InputError(
+            f"local batch {settings.local_batch} needs more memory than the plan's {plan.batch_size}; "
+            "use at most that, or make a plan for the larger one"
+        )
+    if settings.cohort_size > settings.clients:
+        raise InputError(f"cohort size {settings.cohort_size} is more than the {settings.clients} clients")
+
+
+def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy: Strategy) -> dict[Config, int]:
+    """The measured step of every configuration at the local batch; one over its tier's budget is an error."""
+    spec = StepSpec(batch_size=settings.local_batch, **plan.step.model_dump())
+    peaks: dict[Config, int] = {}
+    for tier in plan.tiers:
+        for config in strategy.tier_configs(tier.name):
+            if config not in peaks:
+                peaks[config] = measure(extract(graph, None, config, spec.norms), spec, details=False).peak_bytes
+            if peaks[config] > tier.budget_bytes:
+                raise InfeasibleError(
+                    f"tier {tier.name}: a step of {config} at batch {spec.batch_size} needs "
+                    f"{format_bytes(peaks[config], round_up=True)} on this machine; make the plan again here"
+                )
+    return peaks
