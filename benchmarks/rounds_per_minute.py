@@ -96,7 +96,7 @@ def main() -> None:
             rows.append(
                 {
                     "stage": stage,
-                    "config": str(plan.stages[stage]),
+                    "config": str(run.strategy.evaluation_config(state)),
                     "seconds": ours,
                     "raw_seconds": raw,
                     "speed_of_raw": ratio,
