@@ -1,11 +1,14 @@
 """What a federated run leaves: its settings, one row a round, and its totals. Records only, no torch."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from slt_planner.config import Config, Record
 from slt_planner.planning.plan import Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class RunSettings(Record):
@@ -94,6 +97,12 @@ class RunResult(Record):
     def bytes_up(self) -> int:
         """Bytes uploaded by all clients in all rounds."""
         return sum(row.bytes_up for row in self.rows)
+
+    def frame(self) -> "pd.DataFrame":
+        """The rounds as a table: a row a round, a column a field of `RoundRow` (``config.head_scale`` and so on)."""
+        import pandas as pd
+
+        return pd.json_normalize([row.model_dump() for row in self.rows])
 
     @property
     def mean_last_accuracy(self) -> float | None:

@@ -1,10 +1,13 @@
 """What a measurement says: MemoryProfile and its rows. Records only, no torch."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from slt_planner.config import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Category = Literal["weights", "buffers", "gradients", "optimizer", "activations", "temporaries", "workspace", "batch"]
 CATEGORIES: tuple[Category, ...] = (
@@ -57,3 +60,9 @@ class MemoryProfile(Record):
     breakdown: dict[Category, int]
     units: tuple[UnitRow, ...] = ()
     timeline: tuple[TimelinePoint, ...] = ()
+
+    def frame(self) -> "pd.DataFrame":
+        """The unit rows as a table, a column a field of `UnitRow`."""
+        import pandas as pd
+
+        return pd.DataFrame([row.model_dump() for row in self.units])

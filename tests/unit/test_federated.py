@@ -143,6 +143,9 @@ def test_a_run_follows_the_schedule_and_keeps_its_budgets(scheduled_plan, datase
         assert all(peak <= budgets[name] for name, peak in row.measured_peak_bytes.items())
         assert row.clients == 4
         assert row.bytes_down >= row.bytes_up > 0
+    frame = result.frame()
+    assert list(frame["accuracy"]) == [row.accuracy for row in result.rows]
+    assert list(frame["config.head_scale"]) == [row.config.head_scale for row in result.rows]
     tiny, weak, strong = result.tiers
     assert (tiny.clients, tiny.takes_part) == (2, False)
     assert weak.clients == strong.clients == 4

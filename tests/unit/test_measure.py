@@ -66,6 +66,9 @@ def test_the_rows_a_unit_add_up_to_the_network(norms):
     assert all(row.gradients_bytes == 0 for row in rows if row.index <= 6)
     # At the peak some saved activations may be gone again, never more of them than were saved.
     assert profile.breakdown["activations"] <= sum(row.activations_bytes for row in rows)
+    frame = profile.frame()
+    assert list(frame["name"]) == [row.name for row in rows]
+    assert frame["activations_bytes"].sum() == sum(row.activations_bytes for row in rows)
     assert profile.breakdown["buffers"] == sum(b.nbytes for b in sub.buffers())
 
 
