@@ -28,7 +28,9 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, force: bool = False) -> None:
-        if not force:
+        if force:
+            clear_runs(path)  # weights of an earlier run do not belong to this one's metrics
+        else:
             refuse_existing([path])
         self.path = path
         write_text(path / METRICS, "", force=True)
@@ -71,10 +73,14 @@ def load_run(folder: str | Path) -> RunResult:
 
 
 def clear_runs(path: Path) -> None:
-    """Remove what earlier runs left in a folder, and in its subfolders that are runs; nothing else is touched."""
-    runs = [folder for folder in [path, *path.glob("*")] if (folder / SETTINGS).is_file()]
-    for folder in {path, *runs}:
-        for name in _FILES:
-            (folder / name).unlink(missing_ok=True)
+    """Remove what earlier runs left in a folder, alone or in its subfolders STRATEGY-seedN; nothing else is touched."""
+    folders = [path, *path.glob("*-seed*")]
+    runs = [folder for folder in folders if all((folder / name).is_file() for name in (SETTINGS, METRICS))]
+    written = [folder / name for folder in runs for name in _FILES]
+    if runs:
+        written += [path / REPORT, path / PICTURE]  # several runs have theirs beside them
+    for file in written:
+        file.unlink(missing_ok=True)
+    for folder in runs:
         if folder != path and not any(folder.iterdir()):
             folder.rmdir()

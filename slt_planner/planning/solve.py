@@ -58,7 +58,7 @@ def solve(
     bench = MeasuringBench(graph, spec, progress)
     space = bench.space()
     full_network = bench.profile_full_network()
-    outcomes = {tier.name: find_schedule(space, tier.budget_bytes) for tier in _until_feasible(space, ordered)}
+    outcomes = _search_until_feasible(space, ordered)
     schedule = next((o for o in outcomes.values() if not isinstance(o, NoSchedule)), None)
     if schedule is None:
         reasons = [f"{t.name}: {_reason(outcomes[t.name], space)}" for t in ordered]  # type: ignore[arg-type]
@@ -134,14 +134,16 @@ def _ordered_tiers(tiers: Sequence[str] | Sequence[Tier]) -> tuple[Tier, ...]:
     return tuple(sorted(named, key=lambda tier: tier.budget_bytes))
 
 
-def _until_feasible(space: SearchSpace, tiers: Sequence[Tier]) -> list[Tier]:
-    """The tiers from the weakest up to the first that has a schedule: that one binds, stronger ones follow it."""
-    searched = []
+def _search_until_feasible(
+    space: SearchSpace, tiers: Sequence[Tier]
+) -> dict[str, tuple[StageChoice, ...] | NoSchedule]:
+    """The outcomes of the tiers from the weakest up to the first that has a schedule: that one binds the stronger."""
+    outcomes: dict[str, tuple[StageChoice, ...] | NoSchedule] = {}
     for tier in tiers:
-        searched.append(tier)
-        if not isinstance(find_schedule(space, tier.budget_bytes), NoSchedule):
+        outcomes[tier.name] = find_schedule(space, tier.budget_bytes)
+        if not isinstance(outcomes[tier.name], NoSchedule):
             break
-    return searched
+    return outcomes
 
 
 def _feasible(

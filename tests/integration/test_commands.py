@@ -196,6 +196,8 @@ def test_forcing_a_run_replaces_what_was_there_and_a_refused_one_keeps_it(comman
     assert done.code == 0, done.err
     folder = tmp_path / "x[/b] run"
     (folder / "notes.txt").write_text("mine")
+    (folder / "another").mkdir()  # somebody else's folder, with a file of the same name as ours
+    (folder / "another" / "config.json").write_text("{}")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     refused = command(*words, "--strategy", "slt", "--rounds", "3", "--force")
     assert refused.code == 2
@@ -205,12 +207,14 @@ def test_forcing_a_run_replaces_what_was_there_and_a_refused_one_keeps_it(comman
     assert "Written: x[/b] run/" in forced.out
     assert sorted(path.name for path in folder.iterdir()) == [
         "accuracy.png",
+        "another",
         "config.json",
         "metrics.jsonl",
         "notes.txt",
         "report.html",
         "weights.safetensors",
     ]
+    assert (folder / "another" / "config.json").read_text() == "{}"
     assert len(load_run(folder).rows) == 2
 
 
