@@ -8,6 +8,7 @@ from slt_planner.errors import InputError
 from slt_planner.units import LARGEST_BYTES, parse_budgets
 
 Norms = Literal["static", "running"]
+Metric = Literal["accuracy", "mean_iou"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 MAX_BATCH = 2**16
 

@@ -20,7 +20,11 @@ from slt_planner.reporting.terminal import plan_table
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="resnet20/32/44/56, ..._pad, or a torchvision network such as resnet50.")
+        str,
+        typer.Argument(
+            help="resnet20, densenet40, vgg9, convnet, vit_cifar ...; a torchvision network such as resnet50; "
+            "timm:NAME; or your own: package.module:factory or ./file.py:Class."
+        ),
     ],
     budgets: Annotated[str, typer.Option(help="Memory budgets, one a device tier: 64,128,256MB (or MiB, GB).")],
     batch_size: Annotated[int, typer.Option(help="Images in one training step.")] = 128,
@@ -88,11 +92,14 @@ def _solve(
 ) -> Plan:
     # torch is imported only once the command line is known to be right
     from slt_planner.graph.trace import trace
-    from slt_planner.models.registry import find_model, load_model
+    from slt_planner.models.registry import find_model, is_reference, load_model
     from slt_planner.planning.solve import solve
 
-    entry = find_model(model)
-    graph = trace(load_model(model, num_classes), input_shape or entry.input_shape)
+    if input_shape is None:
+        if is_reference(model):
+            raise InputError(f"{model}: --input-shape is needed, that of one sample, such as 3,64,64")
+        input_shape = find_model(model).input_shape
+    graph = trace(load_model(model, num_classes, input_shape, weights=False), input_shape)
     began, count = time.perf_counter(), 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -25,7 +25,11 @@ _STRATEGIES = ("slt", "small")
 
 def train(
     plan: Annotated[Path, typer.Option(help="The plan to run, made by slt-plan.")],
-    dataset: Annotated[str, typer.Option(help="digits (embedded, 8x8 images) or parquet:DIR.")] = "digits",
+    dataset: Annotated[str, typer.Option(help="digits (embedded, 8x8 images), parquet:DIR or masks:DIR.")] = "digits",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Your own network, as given to slt-plan: package.module:factory or ./file.py:Class."),
+    ] = None,
     strategy: Annotated[str, typer.Option(help="slt, small, or both with a comma.")] = "slt",
     rounds: Annotated[int | None, typer.Option(min=1, help="Federated rounds [100; small data: 30].")] = None,
     clients: Annotated[int | None, typer.Option(min=1, help="Clients in all [100; small data: 10].")] = None,
@@ -62,7 +66,7 @@ def train(
         "seed": seed,
     }
     check_writable([out / METRICS])
-    results = _run_all(loaded, strategies, given, fixed, out, force, progress_console)
+    results = _run_all(loaded, model, strategies, given, fixed, out, force, progress_console)
     write_report(results, out / REPORT, force=True, command=command_line(), picture=out / PICTURE)
     if json_output:
         print("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")
@@ -86,6 +90,7 @@ def _strategies(text: str) -> list[str]:
 
 def _run_all(
     plan: Plan,
+    model: str | None,
     strategies: list[str],
     given: dict[str, int | None],
     fixed: dict[str, object],
@@ -98,7 +103,7 @@ def _run_all(
     from slt_planner.federated.setup import default_settings, image_shape, load_network, prepare
 
     seed = validated(RunSettings, strategy="slt", rounds=1, clients=1, cohort_size=1, local_batch=2, **fixed).seed
-    network = load_network(plan, seed)
+    network = load_network(plan, seed, model)
     data = load_dataset(str(fixed["dataset"]), image_shape(plan), plan.num_classes)
     defaults = default_settings(plan, data, given["clients"]).model_dump()
     chosen = defaults | {name: value for name, value in given.items() if value is not None}

@@ -1,7 +1,5 @@
-"""Images and labels for training: scikit-learn's handwritten digits, or a folder of parquet files."""
+"""Datasets by name: scikit-learn's handwritten digits, a folder of parquet files, or folders of images and masks."""
 
-import io
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,36 +13,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slt_planner.data.images import Dataset, Shape, channel_statistics, check_channels, decode_image, image_format
+from slt_planner.data.masks import load_masks
 from slt_planner.errors import InputError
-
-Shape = tuple[int, int, int]
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
-_PIL_MODES = {1: "L", 3: "RGB"}  # by channels of the model's input
 _ROWS_AT_ONCE = 1024  # coded images held in memory while a file is decoded
 _DIGITS_TRAIN_FRACTION = 0.8
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Images for training and for testing, all in memory.
-
-    Images are contiguous uint8 tensors (N, C, H, W), labels int64 tensors (N,) in 0..num_classes-1. `mean`
-    and `std` are of the train images, a number a channel, pixels in 0..1; a channel that never changes has
-    std 1. `title` names the data to people. `augment` says whether random crops and flips make sense (a
-    flipped digit is no digit).
-    """
-
-    title: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: bool
 
 
 def load_dataset(name: str, input_shape: Shape, num_classes: int) -> Dataset:
@@ -59,17 +35,27 @@ def load_dataset(name: str, input_shape: Shape, num_classes: int) -> Dataset:
     ``labels`` or ``fine_label``, an integer. Images must have the size that the model takes; they are
     converted to its 1 or 3 channels.
 
+    ``masks:DIR``: the class of every pixel. DIR holds the folders train and test (or, where there is no test,
+    val), each with the folders images and masks. images holds .png, .jpg or .jpeg files, sized and converted as
+    above; masks holds a .png file of the same stem for each, 8-bit greyscale or palette, whose numbers are the
+    classes, 255 for pixels that do not count. Hidden files, and files with other suffixes, are not looked at.
+
     Raises:
         InputError: an unknown name; a folder, files or columns that are missing, unreadable or empty; an
             image that cannot be decoded or has another size; a label that is missing or out of range. The
-            message names the file and the row, counted from 0.
+            message names the file, and the row or pixel, counted from 0.
     """
     kind, _, folder = name.partition(":")
     if name == "digits":
         return _load_digits(input_shape, num_classes)
     if kind == "parquet" and folder:
         return _load_parquet(Path(os.path.expanduser(folder)), input_shape, num_classes)
-    raise InputError(f"unknown dataset {name!r}; known are digits and parquet:DIR, DIR a folder of parquet files")
+    if kind == "masks" and folder:
+        return load_masks(Path(os.path.expanduser(folder)), input_shape, num_classes)
+    raise InputError(
+        f"unknown dataset {name!r}; known are digits, parquet:DIR (DIR a folder of parquet files) and masks:DIR "
+        "(DIR a folder of images and masks)"
+    )
 
 
 def normalise(images: Tensor, dataset: Dataset) -> Tensor:
@@ -79,21 +65,6 @@ def normalise(images: Tensor, dataset: Dataset) -> Tensor:
         for numbers in (dataset.mean, dataset.std)
     )
     return (images.to(torch.float32) / 255).sub_(mean).div_(std)
-
-
-def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, pixels in 0..1, from how often each value occurs."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    means, deviations = [], []
-    for channel in range(images.shape[1]):
-        counts = torch.bincount(images[:, channel].flatten(), minlength=256).double()
-        shares = counts / counts.sum()
-        mean = (shares * values).sum()
-        variance = (shares * (values - mean) ** 2).sum().item()
-        means.append(mean.item())
-        # A constant channel has a deviation of 0 or a rounding error: dividing by it would ruin the images.
-        deviations.append(math.sqrt(variance) if variance > 1e-12 else 1.0)
-    return tuple(means), tuple(deviations)
 
 
 def _load_digits(input_shape: Shape, num_classes: int) -> Dataset:
@@ -110,7 +81,7 @@ def _load_digits(input_shape: Shape, num_classes: int) -> Dataset:
     labels = torch.from_numpy(digits.target).long()
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
     train, test = order.tensor_split([int(_DIGITS_TRAIN_FRACTION * len(labels))])
-    mean, std = _channel_statistics(images[train])
+    mean, std = channel_statistics(images[train])
     return Dataset(
         title=f"handwritten digits (scikit-learn, {len(labels):,} images of 8x8, resized to {size})",
         train_images=images[train],
@@ -125,13 +96,12 @@ def _load_digits(input_shape: Shape, num_classes: int) -> Dataset:
 
 
 def _load_parquet(folder: Path, input_shape: Shape, num_classes: int) -> Dataset:
-    if input_shape[0] not in _PIL_MODES:
-        raise InputError(f"images of parquet files have 1 or 3 channels; the model takes {input_shape[0]}")
+    check_channels(f"parquet:{folder}", input_shape[0])
     train, test = _find_splits(folder)
     # Labels of both splits first: they are quick to check, images take time to decode.
     train_labels, test_labels = _read_labels(train, num_classes), _read_labels(test, num_classes)
     train_images = _read_images(train, len(train_labels), input_shape)
-    mean, std = _channel_statistics(train_images)
+    mean, std = channel_statistics(train_images)
     return Dataset(
         title=f"{folder.resolve().name} ({_first_format(train[0])})",
         train_images=train_images,
@@ -264,36 +234,16 @@ def _read_images(files: list[_File], count: int, input_shape: Shape) -> Tensor:
     pixels = images.numpy()  # the same memory
     coded_images = ((file, row, coded) for file in files for row, coded in file.coded_images())
     for index, (file, row, coded) in enumerate(coded_images):
-        pixels[index] = _decode(coded, f"{file.path}, row {row}", input_shape)
+        where = f"{file.path}, row {row}"
+        if coded is None:
+            raise InputError(
+                f"{where}: no image bytes (null); the image itself must be in the file, a path is not enough"
+            )
+        pixels[index] = decode_image(coded, where, input_shape)
     return images
-
-
-def _decode(coded: bytes | None, where: str, input_shape: Shape) -> NDArray[np.uint8]:
-    """An image's pixels, (C, H, W)."""
-    from PIL import Image
-
-    if coded is None:
-        raise InputError(f"{where}: no image bytes (null); the image itself must be in the file, a path is not enough")
-    channels, height, width = input_shape
-    try:
-        with Image.open(io.BytesIO(coded)) as image:
-            size = image.height, image.width
-            # The size is known before decoding: nothing large is decoded only to be refused.
-            values = np.asarray(image.convert(_PIL_MODES[channels])) if size == (height, width) else None
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and more for damaged bytes
-        raise InputError(f"{where}: the image cannot be decoded; give whole JPEG or PNG files") from error
-    if values is None:
-        raise InputError(
-            f"{where}: the image is {size[0]}x{size[1]} (height x width), the model takes {height}x{width}; "
-            "resize the images, or use a model planned for their size"
-        )
-    return values.reshape(height, width, channels).transpose(2, 0, 1)
 
 
 def _first_format(file: _File) -> str:
     """How the first image is coded, such as JPEG; asked once it is known to be readable."""
-    from PIL import Image
-
     _, coded = next(file.coded_images())
-    with Image.open(io.BytesIO(coded or b"")) as image:
-        return str(image.format)
+    return image_format(coded or b"")

@@ -17,20 +17,26 @@ _LARGEST_ALPHA = 1e300  # even mixes to the last bit; beyond it the sum of the g
 def partition(labels: Tensor | NDArray[np.integer], clients: int, scheme: str, seed: int) -> list[Indices]:
     """Indices of each client's samples: every sample at exactly one client, sizes that differ by at most one.
 
-    `labels` is (N,), integers. `scheme` is ``iid`` (shuffled) or ``dirichlet:ALPHA``: each client's mix of
-    classes is drawn from a symmetric Dirichlet distribution over the classes there are, and its samples are
-    drawn by that mix without replacement; once a class runs out, its probability goes to the others in
-    proportion. Small ALPHA: few classes a client; large ALPHA: even mixes, as far as samples last. The same
-    `seed` (0 or more) gives the same parts; each is an int64 array in shuffled order.
+    `labels` is (N,), integers; for ``iid`` also (N, ...), such as those of pixels. `scheme` is ``iid`` (shuffled)
+    or ``dirichlet:ALPHA``: each client's mix of classes is drawn from a symmetric Dirichlet distribution over the
+    classes there are, and its samples are drawn by that mix without replacement; once a class runs out, its
+    probability goes to the others in proportion. Small ALPHA: few classes a client; large ALPHA: even mixes, as
+    far as samples last. The same `seed` (0 or more) gives the same parts; each is an int64 array in shuffled order.
 
     Raises:
-        InputError: an unknown scheme, an ALPHA that is not a positive finite number, no client, or fewer than
-            two samples a client.
+        InputError: an unknown scheme, an ALPHA that is not a positive finite number, no client, fewer than two
+            samples a client, or ``dirichlet`` with labels that are not one class a sample.
     """
     if clients < 1:
         raise InputError(f"partition over {clients} clients; give at least 1")
     alpha = _parse_scheme(scheme)
     samples = np.asarray(labels)
+    if alpha is not None and samples.ndim > 1:
+        shape = "x".join(str(size) for size in samples.shape[1:])
+        raise InputError(
+            f"partition {scheme!r} goes by the class of each image, and here each has labels of {shape}, not one "
+            "class; use iid"
+        )
     if len(samples) < 2 * clients:
         raise InputError(
             f"{len(samples)} training samples are too few for {clients} clients, which need at least 2 each; "

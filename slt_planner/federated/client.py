@@ -35,17 +35,17 @@ def train_client(model: SubModel, dataset: Dataset, indices: np.ndarray, trainin
         generator = torch.Generator().manual_seed(seed)
         model.to(memory_format=memory_format(training.step)).train()
         optimizer = make_optimizer(model.parameters(), training.step.optimizer, training.learning_rate)
-        total, images = torch.zeros(()), 0
+        adapter, total, images = model.extraction.graph.adapter, torch.zeros(()), 0
         for batch, labels in local_batches(dataset, indices, training, generator):
-            total += training_step(model, optimizer, batch, labels, training.step) * len(labels)
-            images += len(labels)
+            total += training_step(model, optimizer, batch, labels, training.step, adapter) * len(batch)
+            images += len(batch)
     return float(total) / images
 
 
 def local_batches(
     dataset: Dataset, indices: np.ndarray, training: LocalTraining, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled, augmented batches of (images (n, C, H, W), labels (n,)); a tail of one image is dropped.
+    """Shuffled, augmented batches of (images (n, C, H, W), labels (n, ...)); a tail of one image is dropped.
 
     Batch statistics of a single image at one position are not defined.
     """
@@ -56,7 +56,7 @@ def local_batches(
             if len(chosen) < 2 and len(order) > 1:
                 continue
             # Nothing but the batch itself may stay alive here while the step runs: it would not be in the plan's peak.
-            yield _batch(dataset, chosen, training.step, generator), dataset.train_labels[chosen]
+            yield _batch(dataset, chosen, training.step, generator), dataset.train_labels[chosen].long()
 
 
 def _batch(dataset: Dataset, chosen: Tensor, step: StepSettings, generator: torch.Generator) -> Tensor:

@@ -1,10 +1,10 @@
-"""How good the global model is: accuracy with batch statistics, and with recalibrated running statistics."""
+"""How good the global model is: with batch statistics, and with recalibrated running statistics."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from slt_planner.config import Config, StepSettings
@@ -16,24 +16,57 @@ from slt_planner.submodel.merge import merge
 
 BATCH = 1024
 SERVER_IMAGES = 1024
+_BATCH_PIXELS = BATCH * 32 * 32  # larger images go in smaller batches, so that evaluating needs no more memory
+_FEWEST = 16
 
 
 def evaluate(model: SubModel, dataset: Dataset, step: StepSettings, seed: int) -> tuple[float, float]:
-    """Accuracy and mean loss on the test images, shuffled by `seed`, in batches of 1,024 without a tail of one.
+    """The metric of the network's adapter and the mean loss on the test images, shuffled by `seed`.
 
-    With `static` norms each batch is normalised by its own statistics, hence the shuffle and the large batch.
+    Batches are of 1,024 images (of as many pixels as 1,024 of 32x32, where images are larger), without a tail of one:
+    with `static` norms each batch is normalised by its own statistics.
     """
+    adapter = model.extraction.graph.adapter
     model.to(memory_format=memory_format(step)).eval()
     order = torch.randperm(len(dataset.test_labels), generator=torch.Generator().manual_seed(seed))
-    correct, loss = 0, 0.0
+    correct, loss, confusion = 0, 0.0, None
     with torch.inference_mode():
-        for chosen in split_without_tail(order, BATCH):
+        for chosen in split_without_tail(order, _batch_size(dataset)):
             batch = normalise(dataset.test_images[chosen], dataset).to(memory_format=memory_format(step))
-            labels = dataset.test_labels[chosen]
-            logits = model(batch)
-            correct += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return correct / len(order), loss / len(order)
+            labels = dataset.test_labels[chosen].long()
+            outputs = model(*adapter.inputs(batch))
+            loss += float(adapter.loss(outputs, labels)) * len(chosen)
+            predicted = adapter.scores(outputs).argmax(1)
+            if adapter.metric == "mean_iou":
+                counts = _confusion(predicted, labels, dataset.num_classes)
+                confusion = counts if confusion is None else confusion + counts
+            else:
+                correct += int((predicted == labels).sum())
+    quality = correct / len(order) if confusion is None else mean_iou(confusion)
+    return quality, loss / len(order)
+
+
+def _confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """How often each class was given (rows) and predicted (columns)."""
+    counted = labels < num_classes  # 255 marks pixels that do not count
+    pairs = labels[counted] * num_classes + predicted[counted]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Intersection over union, averaged over the classes that were given or predicted, from (given, predicted) counts.
+
+    >>> mean_iou(torch.tensor([[3, 1], [0, 4]]))
+    0.775
+    """
+    hit = confusion.diag().double()
+    union = confusion.sum(0) + confusion.sum(1) - hit
+    return float((hit[union > 0] / union[union > 0]).mean())
+
+
+def _batch_size(dataset: Dataset) -> int:
+    height, width = dataset.test_images.shape[-2:]
+    return min(BATCH, max(_FEWEST, _BATCH_PIXELS // (height * width)))
 
 
 def split_without_tail(order: Tensor, size: int) -> Iterator[Tensor]:
@@ -55,6 +88,17 @@ def recalibrate(
     config = config.model_copy(update={"freeze_depth": 0})  # the statistics of frozen norms are wanted too
     model = extract(graph, weights, config, norms="running")
     order = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(seed))
-    pieces = split_without_tail(order[:SERVER_IMAGES], BATCH // 4)
-    update_bn((normalise(dataset.train_images[chosen], dataset) for chosen in pieces), model)
+    pieces = split_without_tail(order[:SERVER_IMAGES], max(2, _batch_size(dataset) // 4))
+    update_bn((normalise(dataset.train_images[chosen], dataset) for chosen in pieces), _OnImages(model))
     return merge(graph, weights, [(config, model.trained_state(), 1)])
+
+
+class _OnImages(nn.Module):
+    """A sub-model that takes images, whatever its network's arguments are."""
+
+    def __init__(self, model: SubModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(*self.model.extraction.graph.adapter.inputs(images))

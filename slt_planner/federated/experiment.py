@@ -68,7 +68,7 @@ def train(
     plan: Plan,
     dataset: str = "digits",
     rounds: int | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     strategy: str = "slt",
     out: str | Path = "runs/run",
     force: bool = False,
@@ -80,7 +80,8 @@ def train(
         plan: the plan.
         dataset: ``digits`` or ``parquet:DIR``.
         rounds: federated rounds; by default by the data set's size.
-        model: the network to start from; by default the plan's, initialised by the seed.
+        model: the network to start from, or its name as `load_model` takes it; by default the plan's, initialised by
+            the seed.
         strategy: ``slt`` or ``small``.
         out: the run folder.
         force: overwrite the files of an existing run.
@@ -183,6 +184,7 @@ def _empty_result(run: Run, made_on: dict[str, str]) -> RunResult:
         settings=run.settings,
         plan=run.plan,
         dataset_title=run.dataset.title,
+        metric=run.graph.adapter.metric,
         train_images=len(run.dataset.train_labels),
         test_images=len(run.dataset.test_labels),
         head_scale=configs.pop().head_scale if len(configs) == 1 else None,

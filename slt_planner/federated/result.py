@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from slt_planner.config import Config, Record
+from slt_planner.config import Config, Metric, Record
 from slt_planner.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class RunSettings(Record):
 class RoundRow(Record):
     """One round, one line of metrics.jsonl.
 
-    `accuracy` (0 to 1) and `loss` are of the sub-model trained this round, on the test images; a loss that is not
+    `accuracy` (0 to 1; the run's metric, where that is another) and `loss` are of the sub-model trained this round, on
+    the test images; a loss that is not
     finite is None. `measured_peak_bytes` is a client's measured step at the local batch, allocator ruler, by tier.
     `seconds` = `train_seconds` + evaluation and the rest.
     """
@@ -77,6 +78,7 @@ class RunResult(Record):
 
     settings: RunSettings
     plan: Plan
+    metric: Metric = "accuracy"
     dataset_title: str
     train_images: int
     test_images: int

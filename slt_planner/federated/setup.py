@@ -18,7 +18,7 @@ from slt_planner.federated.strategies.small import SmallNetwork
 from slt_planner.graph.trace import ModelGraph, trace
 from slt_planner.memory.measure import measure
 from slt_planner.memory.step import threads
-from slt_planner.models.registry import load_model
+from slt_planner.models.registry import is_reference, load_model
 from slt_planner.planning.plan import Plan
 from slt_planner.planning.rounds import largest_remainder
 from slt_planner.submodel.extract import extract
@@ -83,24 +83,33 @@ def image_shape(plan: Plan) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def load_network(plan: Plan, seed: int, model: nn.Module | None = None) -> tuple[nn.Module, ModelGraph]:
+def load_network(plan: Plan, seed: int, model: nn.Module | str | None = None) -> tuple[nn.Module, ModelGraph]:
     """The plan's network, freshly initialised by `seed` (or the one given), and its graph.
 
+    A plan is data: code that it names is not run unless the user names it too.
+
     Raises:
-        InputError: the plan names no network and none is given, or the network is not the plan's.
+        InputError: the plan names no network of a library and none is given, or the network is not the plan's.
     """
-    if model is None:
-        if plan.model.name is None:
-            raise InputError("the plan names no model; pass the network it was made for")
+    name = plan.model.name if model is None else model
+    if name is None:
+        raise InputError("the plan names no model; pass the network it was made for")
+    if model is None and is_reference(str(name)):
+        raise InputError(f"the plan's model is your own code, {name}; if you trust it, pass --model {name}")
+    if not isinstance(name, nn.Module):
         torch.manual_seed(seed)
-        model = load_model(plan.model.name, plan.num_classes)
-    graph = trace(model, plan.input_shape)
+    network = load_model(name, None if is_reference(str(name)) else plan.num_classes, plan.input_shape)
+    graph = trace(network, plan.input_shape)
     if graph.hash != plan.model.graph_hash:
         raise InputError(
             f"the model is not the plan's: its graph is {graph.hash}, planned was {plan.model.graph_hash}; "
             "make a plan for this one"
         )
-    return model, graph
+    if graph.adapter.part:
+        raise InputError(
+            "networks that compute their own loss can be planned and measured, not trained in a federation"
+        )
+    return network, graph
 
 
 def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[nn.Module, ModelGraph]) -> Run:

@@ -1,11 +1,16 @@
 """Freeze units: a weight-bearing operator and what follows it, frozen together, in the order of execution."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import fx, nn
 
-from slt_planner.graph.widths import is_weighted, kind_of
+from slt_planner.errors import UnsupportedLayerError
+from slt_planner.graph.record import where
+from slt_planner.graph.widths import kind_name, kind_of
+
+Kinds: TypeAlias = Callable[[fx.Node], object]
 
 
 @dataclass(frozen=True)
@@ -22,81 +27,207 @@ class Unit:
     modules: tuple[str, ...]
 
 
-def assign_units(program: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[Unit, ...]:
-    """Write ``meta["unit"]`` on every node and return the units in order.
+def assign_units(
+    program: fx.Graph, modules: Mapping[str, nn.Module], weighted: Collection[fx.Node], main: Collection[fx.Node]
+) -> tuple[Unit, ...]:
+    """Write ``meta["unit"]`` (whose width a node has) and ``meta["freezes"]`` (with which unit) on every node.
 
-    Inputs are 0; the classifier (weight-bearing operators that no other one follows) and what comes after it are
-    depth + 1. A projection that an addition merges belongs to the unit of the later operand.
+    The two differ only for what is stored and used by several units. Inputs and what precedes the first unit belong to
+    unit 1; classifiers (weight-bearing operators that no other one follows) and what comes after them are depth + 1.
+    What an addition or a product merges belongs to the later operand's unit; gates belong to what they gate; an
+    attention's projections are one unit, and those of queries, keys and values carry ``meta["projects"]``. Nodes that only auxiliary outputs need (not `main`) carry
+    ``meta["auxiliary"]``; they belong to the unit they hang on.
+
+    Args:
+        program: the recorded graph; nodes carry ``meta["data"]``, whether they depend on the inputs.
+        modules: the skeleton's modules by fqn.
+        weighted: its weight-bearing nodes.
+        main: the nodes of the main outputs.
     """
-    weighted = [node for node in program.nodes if is_weighted(kind_of_call(node, modules))]
-    classifiers = _without_weighted_followers(program, weighted)
-    leader = _merge_projections(program, weighted, classifiers)
+    kinds: Kinds = lambda node: kind_of(node, modules.get(str(node.target)) if node.op == "call_module" else None)  # noqa: E731
     order = {node: i for i, node in enumerate(program.nodes)}
+    needed = _leading_to(program, main)
+    for node in _leading_to(program, output_nodes(program)):
+        node.meta["auxiliary"] = node.meta["data"] and node not in needed
+    gates = _gates(program, weighted, kinds)
+    bearing = [node for node in program.nodes if node in weighted and node in needed and node not in gates]
+    classifiers = _without_followers(program, set(bearing))
+    leader = _merged(program, bearing, classifiers, kinds)
     groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in weighted:
+    for node in bearing:
         if node not in classifiers:
             groups.setdefault(leader[node], []).append(node)
     ordered = sorted(groups.values(), key=lambda group: max(order[node] for node in group))
     index_of = {node: i for i, group in enumerate(ordered, start=1) for node in group}
-
-    for node in program.nodes:
-        own = len(ordered) + 1 if node in classifiers else index_of.get(node, 0)
-        node.meta["unit"] = max([own, *(x.meta["unit"] for x in node.all_input_nodes)])
-
-    depth_of = _weighted_depth(program, set(weighted))
+    _write_units(program, index_of, classifiers, len(ordered))
+    depth_of = _weighted_depth(program, set(bearing))
     return tuple(
         _unit(i, max(group, key=lambda node: (depth_of[node], order[node])), program, modules)
         for i, group in enumerate(ordered, start=1)
     )
 
 
-def kind_of_call(node: fx.Node, modules: Mapping[str, nn.Module]) -> object:
-    """The kind of a node that calls something, None for inputs and outputs."""
-    return kind_of(node, modules) if node.op.startswith("call") else None
+def output_nodes(program: fx.Graph) -> set[fx.Node]:
+    """The nodes whose results the network gives."""
+    return set(next(node for node in reversed(program.nodes) if node.op == "output").all_input_nodes)
+
+
+def _write_units(
+    program: fx.Graph, index_of: Mapping[fx.Node, int], classifiers: Collection[fx.Node], depth: int
+) -> None:
+    for node in program.nodes:
+        before = [x.meta["unit"] for x in node.all_input_nodes if x.meta["data"]]
+        own = depth + 1 if node in classifiers else index_of.get(node, 0)
+        node.meta["unit"] = node.meta["freezes"] = max([own, *before])
+    for node in program.nodes:
+        if node.meta["data"] and node.op not in ("placeholder", "output"):
+            node.meta["unit"] = node.meta["freezes"] = max(1, node.meta["unit"])
+    for node in reversed(program.nodes):
+        if not node.meta["data"] and node.users:
+            node.meta["unit"] = min(user.meta["unit"] for user in node.users)
+            node.meta["freezes"] = max(user.meta["freezes"] for user in node.users)
 
 
 def _unit(index: int, main: fx.Node, program: fx.Graph, modules: Mapping[str, nn.Module]) -> Unit:
     members = [str(n.target) for n in program.nodes if n.op == "call_module" and n.meta["unit"] == index]
+    module = modules[str(main.target)] if main.op == "call_module" else None
+    dims = main.meta["dims"]
+    dims = dims[0] if dims and isinstance(dims[0], tuple) else dims
     return Unit(
         index=index,
-        name=str(main.target),
-        kind=type(modules[str(main.target)]).__name__,
-        output_shape=tuple(main.meta["shape"]),
+        name=where(main),
+        kind=kind_name(main, module),
+        output_shape=tuple(d.size for i, d in enumerate(dims) if i > 0 or d.size > 1),
         modules=tuple(dict.fromkeys(members)),
     )
 
 
-def _without_weighted_followers(program: fx.Graph, weighted: list[fx.Node]) -> set[fx.Node]:
-    """The weight-bearing nodes from which no other weight-bearing node can be reached."""
-    leads_to_weighted: dict[fx.Node, bool] = {}
+def _leading_to(program: fx.Graph, goals: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes that the goals depend on, themselves included."""
+    needed: set[fx.Node] = set()
     for node in reversed(program.nodes):
-        leads_to_weighted[node] = any(user in weighted or leads_to_weighted[user] for user in node.users)
-    return {node for node in weighted if not leads_to_weighted[node]}
+        if node in goals or any(user in needed for user in node.users):
+            needed.add(node)
+    return needed
 
 
-def _merge_projections(program: fx.Graph, weighted: list[fx.Node], classifiers: set[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Each weight-bearing node's leader; two have the same one where an addition merges what only they produce."""
-    leader = {node: node for node in weighted}
-    for node in program.nodes:
-        if len(node.all_input_nodes) < 2:
+def _without_followers(program: fx.Graph, bearing: Collection[fx.Node]) -> set[fx.Node]:
+    """The weight-bearing nodes from which no other weight-bearing node can be reached."""
+    leads_on: dict[fx.Node, bool] = {}
+    for node in reversed(program.nodes):
+        leads_on[node] = any(user in bearing or leads_on[user] for user in node.users)
+    return {node for node in bearing if not leads_on[node]}
+
+
+def _gates(program: fx.Graph, weighted: Collection[fx.Node], kinds: Kinds) -> set[fx.Node]:
+    """Weight-bearing nodes between a tensor and its product with something smaller that is computed from it alone.
+
+    Squeeze-excite (Hu et al. 2018, arXiv 1709.01507) is the usual one. The last of them gives as many channels as it
+    gates: ``meta["gates"]`` says of which node.
+    """
+    found: set[fx.Node] = set()
+    order = {node: i for i, node in enumerate(program.nodes)}
+    for product in program.nodes:
+        if product.op == "output" or kinds(product) != "mul" or len(_data_inputs(product)) != 2:
             continue
-        producers = [_sole_producer(x, leader) for x in node.all_input_nodes]
-        merged = {leader[p] for p in producers if p is not None and p not in classifiers}
-        for member in weighted:
-            if leader[member] in merged:
-                leader[member] = min(merged, key=weighted.index)
+        for gated, gate in (_data_inputs(product), _data_inputs(product)[::-1]):
+            between = _between(gated, gate)
+            bearing = [node for node in between or () if node in weighted]
+            if bearing and _entries(gate) < _entries(gated):
+                found.update(bearing)
+                max(bearing, key=order.__getitem__).meta["gates"] = gated
+    return found
+
+
+def _between(start: fx.Node, end: fx.Node) -> set[fx.Node] | None:
+    """All nodes that `end` is computed from, back to `start`; None if it is computed from something else as well."""
+    found: set[fx.Node] = set()
+    waiting = [end]
+    while waiting:
+        node = waiting.pop()
+        if node is start or node in found:
+            continue
+        if node.op == "placeholder":
+            return None
+        found.add(node)
+        waiting += _data_inputs(node)
+    return found
+
+
+def _data_inputs(node: fx.Node) -> list[fx.Node]:
+    return [x for x in node.all_input_nodes if x.meta["data"]]
+
+
+def _entries(node: fx.Node) -> int:
+    size = 1
+    for dimension in node.meta["dims"]:
+        size *= dimension.size
+    return size
+
+
+_MERGING = {"add", "mul", "sub"}
+_MIXING = {"matmul", "bmm", "scaled_dot_product_attention"}
+
+
+def _merged(
+    program: fx.Graph, bearing: list[fx.Node], classifiers: Collection[fx.Node], kinds: Kinds
+) -> dict[fx.Node, fx.Node]:
+    """Each weight-bearing node's leader: those with the same one are one unit."""
+    leader = {node: node for node in bearing}
+    place = {node: i for i, node in enumerate(bearing)}
+
+    def merge(nodes: Iterable[fx.Node]) -> None:
+        leaders = {leader[node] for node in nodes if node not in classifiers}
+        for member in bearing:
+            if leader[member] in leaders:
+                leader[member] = min(leaders, key=place.__getitem__)
+
+    for node in bearing:
+        twin = node.meta["twin"]
+        if twin is not node and twin in _leading_to(program, [node]):
+            raise UnsupportedLayerError(
+                f"{where(node)}: uses the weights of {where(twin)} again on what they gave; give each use its own"
+            )
+        merge((node, twin))
+    for node in program.nodes:
+        inputs = _data_inputs(node)
+        if node.op == "output" or node in leader or not inputs:
+            continue
+        if kinds(node) in _MERGING and len(inputs) > 1:
+            merge(p for p in (_sole_producer(x, leader) for x in inputs) if p is not None)
+        elif kinds(node) in _MIXING and len(inputs) > 1:
+            projections = {p for x in inputs for p in _projections(x, leader)}
+            for projection in projections:
+                projection.meta["projects"] = True
+            merge(projections | _next_bearing(node, leader))
     return leader
 
 
-def _sole_producer(node: fx.Node, weighted: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+def _sole_producer(node: fx.Node, bearing: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
     """The weight-bearing node that a value comes from, if nothing else uses what lies between."""
     while len(node.users) == 1:
-        if node in weighted:
+        if node in bearing:
             return node
-        if len(node.all_input_nodes) != 1:
+        if len(_data_inputs(node)) != 1:
             return None
-        node = node.all_input_nodes[0]
+        (node,) = _data_inputs(node)
     return None
+
+
+def _projections(node: fx.Node, bearing: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """The weight-bearing nodes that an attention's queries, keys or values come from, whoever else uses them."""
+    if node in bearing:
+        return {node}
+    return {found for x in _data_inputs(node) for found in _projections(x, bearing)} if _data_inputs(node) else set()
+
+
+def _next_bearing(node: fx.Node, bearing: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """The weight-bearing node that an attention's result goes to next, if it goes nowhere else."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node in bearing:
+            return {node}
+    return set()
 
 
 def _weighted_depth(program: fx.Graph, weighted: set[fx.Node]) -> dict[fx.Node, int]:

@@ -4,34 +4,53 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from slt_planner.config import Config
-from slt_planner.errors import InputError, UnsupportedLayerError
-from slt_planner.graph.freeze_units import Unit, assign_units, kind_of_call
-from slt_planner.graph.widths import Cut, cut_graph, has_rule, is_weighted, kind_of, refusal, scaled_width
+from slt_planner.errors import InputError
+from slt_planner.graph.adapter import Adapter
+from slt_planner.graph.cuts import annotate, cut_program
+from slt_planner.graph.freeze_units import Unit
+from slt_planner.graph.record import record
+from slt_planner.graph.region import Dimension
+from slt_planner.graph.widths import Cut, is_leaf
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What a network computes in one mode: its graph, how its outputs are nested, and which of them is the main one.
+
+    `main` counts the outputs' leaves; None means that all of them are.
+    """
+
+    graph: fx.Graph
+    structure: pytree.TreeSpec
+    main: int | None
 
 
 @dataclass(frozen=True, eq=False)
 class ModelGraph:
-    """A network's structure: `skeleton` is a copy on the meta device (no values), `programs` its traced graph by mode.
+    """A network's structure: `skeleton` is a copy on the meta device (no values), `programs` its calls by mode.
 
-    `programs[True]` is the graph of training mode, `programs[False]` of evaluation mode; nodes carry ``meta["unit"]``
-    and ``meta["shape"]`` (of one sample). `hash` is equal for networks of equal structure, whatever their weights.
+    `programs[True]` is of training mode, `programs[False]` of evaluation mode; see `cuts.annotate` for what nodes
+    carry. `hash` is equal for networks of equal structure, whatever their weights. `constants` are the values of
+    buffers that are no part of a state dict.
     """
 
     skeleton: nn.Module
-    programs: Mapping[bool, fx.Graph]
+    programs: Mapping[bool, Program]
     units: tuple[Unit, ...]
     input_shape: tuple[int, ...]
     num_classes: int
     hash: str
+    adapter: Adapter
+    constants: Mapping[str, Tensor]
 
     @property
     def depth(self) -> int:
@@ -43,76 +62,124 @@ class ModelGraph:
         """The skeleton's modules by fqn."""
         return dict(self.skeleton.named_modules())
 
+    @cached_property
+    def _counts(self) -> tuple[tuple[int, int], ...]:
+        """(unit, number of legal steps) of every width that is scaled."""
+        nodes = self.programs[True].graph.nodes
+        return tuple({(n.meta["unit"], n.meta["layout"].count) for n in nodes if "layout" in n.meta})
+
     def head_scales(self, full_depth: int) -> tuple[float, ...]:
-        """The legal scales of a head behind `full_depth`: each k/C at which a head layer changes; ascending to 1.0."""
-        channels = {
-            node.meta["shape"][0]
-            for node in self.programs[True].nodes
-            if is_weighted(kind_of_call(node, self.modules)) and full_depth < node.meta["unit"] <= self.depth
-        }
-        candidates = sorted({Fraction(k, c) for c in channels for k in range(1, c + 1)} | {Fraction(1)})
-        # Below one channel nothing shrinks: of several scales with the same widths only the first is legal.
-        by_widths: dict[tuple[int, ...], float] = {}
-        for scale in map(float, candidates):
-            by_widths.setdefault(tuple(scaled_width(c, scale) for c in sorted(channels)), scale)
-        return (*sorted(set(by_widths.values()) - {1.0}), 1.0)
+        """The legal scales of a head behind `full_depth`: each k/C at which a head layer changes; ascending to 1.0.
+
+        C counts whole legal steps. Below one step nothing shrinks, so the lowest scale is one step of the widest layer.
+        """
+        counts = {count for unit, count in self._counts if unit > full_depth and count > 1}
+        if not counts:
+            return (1.0,)
+        return tuple(sorted({k / count for count in counts for k in range(2, count + 1)} | {1 / max(counts)}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelGraph":
         """Itself: a graph never changes, and a copied sub-model still belongs to it."""
         return self
 
     def cuts(self, config: Config, training: bool = True) -> dict[fx.Node, Cut]:
-        """What a sub-model keeps around every operator; raises InputError for a configuration beyond the last unit."""
-        return cut_graph(self.programs[training], self.modules, config, self.depth)
+        """What a sub-model keeps around the operators of its head; raises InputError beyond the last unit."""
+        return cut_program(self.programs[training].graph, self.modules, config, self.depth)
+
+    def unit_of_tensor(self) -> dict[str, int]:
+        """The unit each parameter and buffer that is used freezes with, by fqn; depth + 1 for the classifier.
+
+        A parameter that several units use freezes with the last of them.
+        """
+        units: dict[str, int] = {}
+        for node in self.programs[True].graph.nodes:
+            for name in self.tensors_of(node):
+                units[name] = max(node.meta["freezes"], units.get(name, 0))
+        return units | dict.fromkeys(self.untraced, self.depth + 1)
+
+    @cached_property
+    def untraced(self) -> tuple[str, ...]:
+        """The fqns of parameters and buffers outside the traced part of the network; they stay whole."""
+        part = self.adapter.part
+        return (
+            tuple(n for n in self._tensors if not n.startswith(f"{part}.") and self.first_name(n) == n) if part else ()
+        )
 
     def unit_of_module(self) -> dict[str, int]:
         """The unit each module that is called belongs to, by fqn; depth + 1 for the classifier."""
-        return {str(node.target): node.meta["unit"] for node in self.programs[True].nodes if node.op == "call_module"}
+        calls = [node for node in self.programs[True].graph.nodes if node.op == "call_module"]
+        return {str(node.target): node.meta["freezes"] for node in calls}
+
+    def tensors_of(self, node: fx.Node) -> list[str]:
+        """The fqns of the parameters and buffers that a node uses, each by the first of its names."""
+        if node.op == "get_attr":
+            return [str(node.target)]
+        if node.op != "call_module":
+            return []
+        module = self.modules[str(node.target)]
+        names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
+        return [self.first_name(f"{node.target}.{name}") for name in names]
+
+    def first_name(self, fqn: str) -> str:
+        """The name under which a parameter or buffer is known, whichever of its names is given."""
+        return self._first_names[fqn]
+
+    def tensor(self, fqn: str) -> Tensor:
+        """A parameter or buffer of the skeleton."""
+        return self._tensors[fqn]
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        parameters = self.skeleton.named_parameters(remove_duplicate=False)
+        return dict([*parameters, *self.skeleton.named_buffers(remove_duplicate=False)])
+
+    @cached_property
+    def _first_names(self) -> dict[str, str]:
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(tensor), name) for name, tensor in self._tensors.items()}
 
 
-def trace(model: nn.Module, input_shape: tuple[int, ...]) -> ModelGraph:
+def trace(model: nn.Module, input_shape: tuple[int, ...], adapter: Adapter | None = None) -> ModelGraph:
     """Trace a network's structure; its weights are neither copied nor changed.
 
     Args:
-        model: a network of one input and one output of shape (N, classes).
-        input_shape: of one sample, without the batch: (channels, height, width).
+        model: the network.
+        input_shape: of one sample of the data, without the batch: (channels, height, width).
+        adapter: between the data and the network, where it does not take images and give logits; by default the
+            network's own ``slt_adapter``, if it has one.
 
     Raises:
-        UnsupportedLayerError: the network cannot be traced, or holds a kind of layer that has no width rule.
+        UnsupportedLayerError: what the network does cannot be recorded, or it holds a kind of layer that has no rule.
         InputError: the network does not take this input, or has no unit to freeze.
 
     >>> from slt_planner.models.registry import load_model
     >>> trace(load_model("resnet20"), (3, 32, 32)).depth
     19
     """
-    _refuse_shared(model)
+    adapter = adapter or getattr(model, "slt_adapter", None) or Adapter()
     skeleton = _on_meta(model)
-    programs = {mode: _program(skeleton.train(mode), input_shape) for mode in (False, True)}
     modules = dict(skeleton.named_modules())
-    units = {mode: assign_units(program, modules) for mode, program in programs.items()}[True]
+    programs: dict[bool, Program] = {}
+    units: tuple[Unit, ...] = ()
+    for mode in (False, True):
+        programs[mode] = _program(skeleton.train(mode), adapter.traced_shape(model, tuple(input_shape)), adapter)
+        units = annotate(programs[mode].graph, modules, _main_nodes(programs[mode]))
     if not units:
         raise InputError("the network has no layer to freeze before its classifier")
-    for program in programs.values():  # rules may refuse an operator by its options: better now than at the first plan
-        cut_graph(program, modules, Config(freeze_depth=0, full_depth=0, head_scale=0.5), len(units))
-    output = next(node for node in programs[True].nodes if node.op == "output")
-    (result,) = output.all_input_nodes
-    if len(result.meta["shape"]) != 1:
-        raise InputError(f"the network's output has shape (N, {result.meta['shape']}); it must be (N, classes)")
+    for program in programs.values():  # rules may refuse an operator at some widths: better now than at the first plan
+        for full_depth in (0, len(units) // 2):
+            narrow = Config(freeze_depth=0, full_depth=full_depth, head_scale=0.3)
+            cut_program(program.graph, modules, narrow, len(units))
     return ModelGraph(
         skeleton=skeleton,
         programs=MappingProxyType(programs),
         units=units,
         input_shape=tuple(input_shape),
-        num_classes=result.meta["shape"][0],
-        hash=_structure_hash(programs[True], modules, input_shape),
+        num_classes=adapter.num_classes(model) or _num_classes(programs[True]),
+        hash=_structure_hash(programs[True].graph, modules, input_shape),
+        adapter=adapter,
+        constants=_constants(model),
     )
-
-
-class _LeafTracer(fx.Tracer):
-    """Modules that have a width rule stay whole, as torch's own do."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return has_rule(type(m)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -125,66 +192,34 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _program(skeleton: nn.Module, input_shape: tuple[int, ...]) -> fx.Graph:
-    try:
-        program = _LeafTracer().trace(skeleton)
-    except Exception as error:  # whatever the network's own code raises when it meets fx's proxies
-        raise UnsupportedLayerError(f"the network cannot be traced by torch.fx: {_first_line(error)}") from error
-    _refuse_unknown(program, dict(skeleton.named_modules()))
-    _ShapeRecorder(skeleton, program).run(torch.empty(2, *input_shape, device="meta"))
-    return program
+def _constants(model: nn.Module) -> dict[str, Tensor]:
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in stored and not buffer.is_meta}
 
 
-class _ShapeRecorder(fx.Interpreter):
-    """Runs a program on the meta device and writes ``meta["shape"]`` (of one sample) on every node."""
+def _program(skeleton: nn.Module, input_shape: tuple[int, ...], adapter: Adapter) -> Program:
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        return adapter.inputs(torch.empty(batch, *input_shape, device="meta"))
 
-    def __init__(self, skeleton: nn.Module, program: fx.Graph) -> None:
-        super().__init__(fx.GraphModule(skeleton, program))
-        self.extra_traceback = False
-        self._given = ""
-
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            result = super().run_node(n)
-        except Exception as error:  # shapes that do not fit surface as whatever the failing operator raises
-            where = n.target if n.op == "call_module" else n.name
-            raise InputError(
-                f"the network does not take inputs of {self._given}: {where}: {_first_line(error)}"
-            ) from error
-        if not isinstance(result, torch.Tensor):
-            raise refusal(n, n.target, "does not give one tensor")
-        n.meta = {"shape": tuple(result.shape[1:])}
-        if n.op == "placeholder":
-            self._given = "x".join(map(str, n.meta["shape"]))
-        return result
+    graph, structure = record(skeleton, inputs, is_leaf, adapter.part)
+    leaves: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    scores = adapter.scores(pytree.tree_unflatten(list(leaves), structure))
+    main = next((i for i, leaf in enumerate(leaves) if leaf is scores), None)
+    return Program(graph, structure, main)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _main_nodes(program: Program) -> set[fx.Node]:
+    leaves: Any = next(node for node in reversed(program.graph.nodes) if node.op == "output").args[0]
+    return {leaf for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and program.main in (None, i)}
 
 
-def _refuse_unknown(program: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
-    called: set[str] = set()
-    for node in program.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        kind = kind_of(node, modules) if node.op != "get_attr" else "a parameter used directly"
-        if not has_rule(kind):
-            raise refusal(node, kind)
-        if node.op == "call_module":
-            fqn = str(node.target)
-            if fqn in called and any(True for _ in modules[fqn].parameters()):
-                raise refusal(node, kind, "used more than once has no width rule")
-            called.add(fqn)
-
-
-def _refuse_shared(model: nn.Module) -> None:
-    first_name: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first_name.setdefault(id(parameter), name) != name:
-            raise UnsupportedLayerError(
-                f"{name}: a parameter shared with {first_name[id(parameter)]} has no width rule; give each its own"
-            )
+def _num_classes(program: Program) -> int:
+    """The size of dimension 1 of the main output."""
+    (main, *_) = _main_nodes(program)
+    dims: tuple[Dimension, ...] = main.meta["dims"]
+    if len(dims) < 2 or not dims[0].batched:
+        raise InputError(f"the network's output has {len(dims)} dimensions; it must be (N, classes, ...)")
+    return dims[1].size
 
 
 def _structure_hash(program: fx.Graph, modules: Mapping[str, nn.Module], input_shape: tuple[int, ...]) -> str:

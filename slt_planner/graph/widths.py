@@ -1,199 +1,281 @@
-"""What a head scale does to every width: one small rule a layer kind, in a registry.
+"""What a head scale does to every width: a registry of one small rule a layer kind.
 
-A rule sees one operator of the traced graph and says which channels a sub-model keeps around it. A kind that has no
-rule is refused by name; nothing is guessed. To add a kind, write a function and decorate it with `rule`.
+A rule sees one operator of the recorded graph and says what a sub-model keeps around it. A kind that has no rule is
+refused by name; nothing is guessed. To add a kind, write a function and decorate it with `rule`: `graph/rules` has the
+known ones, and README a small example.
 """
 
 import math
-import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from slt_planner.config import Config
-from slt_planner.errors import InputError, UnsupportedLayerError
+from slt_planner.errors import UnsupportedLayerError
+from slt_planner.graph.record import where
+from slt_planner.graph.region import Axis, Dimension, Region, Split
 
-Channels: TypeAlias = tuple[int, ...]
-"""Which channels (dimension 1) of a tensor of the full network a sub-model keeps, ascending."""
-
-Index: TypeAlias = tuple[Channels, ...]
+Index: TypeAlias = Region
 """Which entries of a parameter a sub-model keeps, by dimension; dimensions beyond are kept whole."""
 
-
-@dataclass(frozen=True)
-class Operator:
-    """One operator of the traced graph: `module` is None for functions and methods; shapes have no batch dimension."""
-
-    node: fx.Node
-    module: Any
-    input_shapes: tuple[tuple[int, ...], ...]
-    output_shape: tuple[int, ...]
+Several: TypeAlias = tuple[Region | None, ...]
+"""What is kept of each result of a call that gives several; None where a result is no tensor."""
 
 
 @dataclass(frozen=True)
 class Cut:
     """What a sub-model keeps around one operator.
 
-    `inputs` are the channels the operator takes of each input tensor; where that is less than its producer gives, the
-    input is cut. `attributes` are the sizes written into the sub-model's copy of the module.
+    `inputs` is what the operator takes of an input where that is less than what comes; the input is cut to it.
+    `parameters` and `attributes` say how the sub-model's copy of a module is made, `replacement` that another module
+    takes its place; `arguments` are new arguments of the call, by position or name; `call` is another function with
+    all its arguments, called in its place.
     """
 
-    inputs: tuple[Channels, ...]
-    output: Channels
+    output: Region | Several
+    inputs: Mapping[fx.Node, Region] = field(default_factory=dict)
     parameters: Mapping[str, Index] = field(default_factory=dict)
-    attributes: Mapping[str, int] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[int | str, Any] = field(default_factory=dict)
+    replacement: Callable[[nn.Module], nn.Module] | None = None
+    call: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
 
-Keep: TypeAlias = Callable[[int], Channels]
-"""From a full width to the channels kept: all of them outside the head, the first ones inside."""
+class Needs:
+    """What operators need of the widths that reach them; noted once a graph, when everything is at full width.
 
-Rule: TypeAlias = Callable[[Operator, tuple[Channels, ...], Keep], Cut]
+    A width can only be scaled in steps that all its users can take (METHOD, section 1, Widths): whole groups, whole
+    heads, and not at all along a factor that is taken apart one by one.
+    """
+
+    def __init__(self) -> None:
+        self._strides: dict[str, set[int]] = {}
+        self._whole: dict[str, set[tuple[int, int]]] = {}
+        self._joined: dict[str, frozenset[str]] = {}
+
+    def steps(self, dimension: Dimension, step: int) -> None:
+        """This dimension must come in whole steps of `step` entries."""
+        if dimension.axis is not None and step > 1:
+            for maker in dimension.axis.makers:
+                self._strides.setdefault(maker, set()).add(dimension.axis.stride * step)
+
+    def split(self, split: Split) -> None:
+        """This axis is split into factors: each is a step of the one before it."""
+        stride = split.axis.stride
+        for factor in reversed(split.factors[1:]):
+            stride *= factor
+            for maker in split.axis.makers:
+                self._strides.setdefault(maker, set()).add(stride)
+
+    def whole(self, dimension: Dimension) -> None:
+        """This dimension is taken apart one by one: all of it must be there."""
+        if dimension.axis is not None:
+            for maker in dimension.axis.makers:
+                self._whole.setdefault(maker, set()).add((dimension.axis.stride, dimension.size))
+                self._strides.setdefault(maker, set()).update(
+                    {dimension.axis.stride, dimension.axis.stride * dimension.size}
+                )
+
+    def join(self, region: Region) -> None:
+        """Operators whose outputs meet in one dimension have one width: what one needs, all need."""
+        for dimension in region:
+            if dimension.axis is not None:
+                joined = frozenset().union(*(self._joined.get(m, {m}) for m in dimension.axis.makers))
+                self._joined |= dict.fromkeys(joined, joined)
+
+    def layout(self, maker: str, size: int) -> "Layout":
+        """How the outputs of a weight-bearing operator are scaled so that all its users can take them."""
+        makers = self._joined.get(maker, {maker})
+        needed = {stride for m in makers for stride in self._strides.get(m, ())}
+        strides = sorted({s for s in needed if s < size} | {1}, reverse=True)
+        bounds = [size, *strides]
+        if any(large % small for large, small in pairwise(bounds)):
+            return Layout(size, 1, 1)  # its users want steps that do not go together: it is not scaled
+        whole = {factor for m in makers for factor in self._whole.get(m, ())}
+        for large, small in pairwise(bounds):
+            if (small, large // small) not in whole:
+                return Layout(size // large, large // small, small)
+        return Layout(size, 1, 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Outputs as `outer` x `count` x `inner`: a scale keeps the first of the `count`, and all of the others."""
+
+    outer: int
+    count: int
+    inner: int
+
+    def kept(self, head_scale: float) -> tuple[int, ...] | range:
+        """The outputs that are kept at a scale, ascending."""
+        width = scaled_width(self.count, head_scale) * self.inner
+        if self.outer == 1:
+            return range(width)
+        block = self.count * self.inner
+        return tuple(o * block + i for o in range(self.outer) for i in range(width))
+
+
+Keep: TypeAlias = Callable[[int], Dimension]
+"""From a full width to the dimension that a weight-bearing operator gives."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of the graph, as its rule sees it: `module` is None for functions and methods.
+
+    `regions` is what comes from every node, `output` the full result, `keep` the width a weight-bearing operator is to
+    give, `needs` where the rule notes what it needs of its inputs' widths.
+    """
+
+    node: fx.Node
+    module: Any
+    regions: Mapping[fx.Node, Any]
+    keep: Keep
+    needs: Needs
+
+    @property
+    def name(self) -> str:
+        """The plain name of the function or method, or the name of the module's class."""
+        return kind_name(self.node, self.module)
+
+    @property
+    def output(self) -> Any:
+        """The dimensions of the full result."""
+        return self.node.meta["dims"]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position (the tensor itself is 0, for methods too) or name."""
+        if position < len(self.node.args):
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+    def region(self, argument: Any) -> Region:
+        """What comes of an argument that is a tensor."""
+        if not isinstance(argument, fx.Node) or argument not in self.regions:
+            raise self.refused("of something that is no tensor has no width rule")
+        region: Region = self.regions[argument]
+        return region
+
+    @property
+    def tensors(self) -> dict[fx.Node, Region]:
+        """All inputs that are tensors."""
+        return {n: self.regions[n] for n in self.node.all_input_nodes if _is_region(self.regions.get(n))}
+
+    def refused(self, why: str) -> UnsupportedLayerError:
+        """The error for this operator, with its place and kind."""
+        return refusal(self.node, self.name, why)
+
+
+def _is_region(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(dimension, Dimension) for dimension in value)
+
+
+Rule: TypeAlias = Callable[[Operator], Cut]
+Weighted: TypeAlias = Callable[[Operator], bool]
 
 _RULES: dict[Any, Rule] = {}
-_WEIGHTED: set[Any] = set()
+_WEIGHTED: dict[Any, Weighted] = {}
 
 
-def rule(*kinds: Any, weighted: bool = False) -> Callable[[Rule], Rule]:
-    """Register a width rule for layer kinds: module classes, functions, or names of tensor methods.
+def rule(*kinds: type[nn.Module] | str, weighted: bool | Weighted = False) -> Callable[[Rule], Rule]:
+    """Register a width rule for layer kinds: module classes, or names of functions and tensor methods.
 
-    `weighted` kinds start a freeze unit (METHOD: convolution, linear); the others belong to their producer's.
+    A module of a known class is one node of the graph. A name holds for the function, the method, its in-place form
+    and its operator: ``"add"`` is torch.add, x.add, x.add_, x + y and x += y. `weighted` kinds start a freeze unit
+    (METHOD: convolution, linear, attention); the others belong to their producer's.
     """
 
     def register(function: Rule) -> Rule:
         _RULES.update(dict.fromkeys(kinds, function))
         if weighted:
-            _WEIGHTED.update(kinds)
+            _WEIGHTED.update(dict.fromkeys(kinds, weighted if callable(weighted) else lambda op: True))
         return function
 
     return register
 
 
-def kind_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
-    """The key of a node's rule: its module's class, its function, or its method's name."""
-    return type(modules[str(node.target)]) if node.op == "call_module" else node.target
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one node of the graph: it has a rule, or is a layer of torch's without parts."""
+    if _module_kind(module) is not None:
+        return True
+    holds_others = isinstance(module, nn.Sequential) or any(True for _ in module.children())
+    return type(module).__module__.startswith("torch.nn.") and not holds_others
 
 
-def is_weighted(kind: Any) -> bool:
-    """Whether a kind starts a freeze unit."""
-    return kind in _WEIGHTED
+def _module_kind(module: nn.Module) -> type | None:
+    """The class whose rule holds for a module: its own, or one whose forward it inherits."""
+    for kind in type(module).__mro__:
+        if kind in _RULES and getattr(kind, "forward", None) is type(module).forward:
+            return kind
+    return None
 
 
-def has_rule(kind: Any) -> bool:
-    """Whether a kind is understood."""
-    return kind in _RULES
+def kind_of(node: fx.Node, module: nn.Module | None) -> Any:
+    """The key of a node's rule: its module's class, or the plain name of its function or method."""
+    if module is not None:
+        return _module_kind(module)
+    if node.target is getattr:
+        return str(node.args[1])
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return plain_name(name)
 
 
-def refusal(node: fx.Node, kind: Any, why: str = "has no width rule") -> UnsupportedLayerError:
+_ARITHMETIC = "add|sub|mul|truediv|floordiv|matmul|pow|mod|neg|eq|ne|lt|le|gt|ge|and|or|invert"
+_OPERATOR = re.compile(rf"^__[ri]?({_ARITHMETIC}|getitem|setitem)__$")
+
+
+def plain_name(name: str) -> str:
+    """A function's or method's name without in-place marks and operator forms.
+
+    >>> plain_name("__iadd__"), plain_name("relu_"), plain_name("__getitem__")
+    ('add', 'relu', 'getitem')
+    """
+    dunder = _OPERATOR.match(name)
+    return dunder.group(1) if dunder else name.removesuffix("_")
+
+
+def kind_name(node: fx.Node, module: nn.Module | None) -> str:
+    """A node's kind for a message."""
+    return type(module).__name__ if module is not None else str(kind_of(node, None))
+
+
+def rule_of(node: fx.Node, module: nn.Module | None) -> Rule:
+    """A node's rule.
+
+    Raises:
+        UnsupportedLayerError: its kind has none.
+    """
+    kind = kind_of(node, module)
+    if kind not in _RULES:
+        raise refusal(node, kind_name(node, module), "has no width rule", hint=True)
+    return _RULES[kind]
+
+
+def is_weighted(op: Operator) -> bool:
+    """Whether an operator starts a freeze unit."""
+    weighted = _WEIGHTED.get(kind_of(op.node, op.module))
+    return weighted is not None and weighted(op)
+
+
+def refusal(node: fx.Node, kind: str, why: str, hint: bool = False) -> UnsupportedLayerError:
     """The error for an operator that is not understood, with its place and kind."""
-    name = kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
-    where = node.target if node.op in ("call_module", "get_attr") else f"{node.op} node {node.name!r}"
-    return UnsupportedLayerError(
-        f"{where}: {name} {why}; teach it with @slt_planner.graph.widths.rule({name}) or replace the layer"
-    )
+    key = kind if node.op == "call_module" else f'"{kind}"'
+    advice = f"; teach it with @slt_planner.graph.widths.rule({key}) (README, Your own network) or replace the layer"
+    return UnsupportedLayerError(f"{where(node)}: {kind} {why}{advice if hint else ''}")
 
 
-def scaled_width(channels: int, head_scale: float) -> int:
+def scaled_width(count: int, head_scale: float) -> int:
     """Width of a head layer: max(1, floor(s * C)), with 1e-9 so that k/C gives k in floating point.
 
     >>> scaled_width(16, 0.5), scaled_width(16, 1 / 64), scaled_width(64, 29 / 64)
     (8, 1, 29)
     """
-    return max(1, math.floor(head_scale * channels + 1e-9))
+    return max(1, math.floor(head_scale * count + 1e-9))
 
 
-def cut_graph(program: fx.Graph, modules: Mapping[str, nn.Module], config: Config, depth: int) -> dict[fx.Node, Cut]:
-    """The cut around every operator of a traced program under a configuration, in the program's order.
-
-    Nodes carry ``meta["unit"]`` (0 for inputs, depth + 1 for the classifier) and ``meta["shape"]``.
-
-    Raises:
-        UnsupportedLayerError: a rule refuses an operator.
-    """
-    if config.full_depth > depth:
-        raise InputError(f"configuration {config}: full_depth is beyond the network's {depth} units")
-    cuts: dict[fx.Node, Cut] = {}
-    for node in program.nodes:
-        if node.op == "placeholder":
-            cuts[node] = Cut((), tuple(range(node.meta["shape"][0])))
-        elif node.op == "output":
-            cuts[node] = Cut(tuple(cuts[x].output for x in node.all_input_nodes), ())
-        else:
-            scaled = config.full_depth < node.meta["unit"] <= depth
-            scale = config.head_scale if scaled else 1.0
-            inputs = tuple(cuts[x].output for x in node.all_input_nodes)
-            keep = _first_channels(scale)
-            cuts[node] = _RULES[kind_of(node, modules)](operator_of(node, modules), inputs, keep)
-    return cuts
-
-
-def operator_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operator:
-    """A node as its rule sees it."""
-    module = modules[str(node.target)] if node.op == "call_module" else None
-    shapes = tuple(tuple(x.meta["shape"]) for x in node.all_input_nodes)
-    return Operator(node, module, shapes, tuple(node.meta["shape"]))
-
-
-def _first_channels(scale: float) -> Keep:
-    return lambda channels: tuple(range(channels if scale == 1.0 else scaled_width(channels, scale)))
-
-
-@rule(nn.Conv2d, weighted=True)
-def _convolution(op: Operator, inputs: tuple[Channels, ...], keep: Keep) -> Cut:
-    if op.module.groups != 1:
-        raise refusal(op.node, nn.Conv2d, f"with groups={op.module.groups} has no width rule")
-    return _dense(op.module, inputs[0], keep(op.module.out_channels), "in_channels", "out_channels")
-
-
-@rule(nn.Linear, weighted=True)
-def _linear(op: Operator, inputs: tuple[Channels, ...], keep: Keep) -> Cut:
-    if len(op.output_shape) != 1:
-        raise refusal(op.node, nn.Linear, "on more than one position a sample has no width rule")
-    return _dense(op.module, inputs[0], keep(op.module.out_features), "in_features", "out_features")
-
-
-def _dense(module: nn.Module, taken: Channels, kept: Channels, size_in: str, size_out: str) -> Cut:
-    """All inputs that come are taken, the first outputs are kept."""
-    parameters: dict[str, Index] = {"weight": (kept, taken)}
-    if module.bias is not None:
-        parameters["bias"] = (kept,)
-    return Cut((taken,), kept, parameters, {size_in: len(taken), size_out: len(kept)})
-
-
-@rule(nn.BatchNorm2d, nn.BatchNorm1d)
-def _batch_norm(op: Operator, inputs: tuple[Channels, ...], keep: Keep) -> Cut:
-    (kept,) = inputs
-    tensors = ("weight", "bias", "running_mean", "running_var")
-    parameters = {name: (kept,) for name in tensors if getattr(op.module, name) is not None}
-    return Cut(inputs, kept, parameters, {"num_features": len(kept)})
-
-
-@rule(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid)
-@rule(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-@rule(nn.Dropout, nn.Dropout2d, nn.Identity)
-@rule(torch.relu, F.relu, F.relu6, F.gelu, F.silu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout)
-@rule("relu", "relu_", "contiguous")
-def _channels_pass(op: Operator, inputs: tuple[Channels, ...], keep: Keep) -> Cut:
-    if len(inputs) != 1:
-        raise refusal(op.node, op.node.target, "with several tensors has no width rule")
-    return Cut(inputs, inputs[0])
-
-
-@rule(torch.add, operator.add, operator.iadd, "add", "add_")
-def _addition(op: Operator, inputs: tuple[Channels, ...], keep: Keep) -> Cut:
-    if len({shape[0] for shape in op.input_shapes}) != 1:
-        raise refusal(op.node, op.node.target, "of tensors with different channels has no width rule")
-    common = tuple(sorted(set.intersection(*map(set, inputs))))
-    return Cut((common,) * len(inputs), common)
-
-
-@rule(torch.flatten, nn.Flatten, "flatten")
-def _flatten(op: Operator, inputs: tuple[Channels, ...], keep: Keep) -> Cut:
-    channels, *positions = op.input_shapes[0]
-    area = math.prod(positions)
-    if op.output_shape != (channels * area,):
-        raise refusal(op.node, op.node.target, "into more than one dimension a sample has no width rule")
-    return Cut(inputs, tuple(channel * area + i for channel in inputs[0] for i in range(area)))
+def made_by(node: fx.Node, size: int) -> Dimension:
+    """The full width that a weight-bearing operator gives."""
+    return Dimension(size, axis=Axis(frozenset((node.meta.get("twin", node).name,))))

@@ -4,6 +4,7 @@ Frees of blocks that were allocated before a recording are not reported by the p
 therefore allocate inside the recording too.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,9 +44,18 @@ def mark(name: str) -> None:
 
 
 def record(work: Callable[[], None]) -> tuple[list[Allocation], list[Mark]]:
-    """Run `work` and return its allocations and marks, each in order of time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        work()
+    """Run `work` and return its allocations and marks, each in order of time.
+
+    Python's garbage collector waits meanwhile: what it freed of earlier work would be taken for this one's.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+            work()
+    finally:
+        if collecting:
+            gc.enable()
     assert profiler.profiler is not None
     tree = profiler.profiler.kineto_results.experimental_event_tree()
     events = sorted(_flatten(tree, 0, ""), key=lambda event: event.time_ns)

@@ -1,37 +1,53 @@
-"""How much arithmetic: forward multiply-adds (fvcore) and training FLOPs (torch.utils.flop_counter)."""
+"""How much arithmetic a sub-model does, counted by torch.utils.flop_counter: convolutions and matrix products."""
 
 import copy
-import logging
-import warnings
+from collections import Counter
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from slt_planner.submodel.extract import SubModel
 
+_BATCH = 2
 
-def forward_multiply_adds(model: SubModel) -> dict[str, int]:
-    """Multiply-adds of one sample's forward pass by module fqn, as fvcore counts (a multiply and its add are one)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit's own deprecation, which fvcore cannot avoid
-        from fvcore.nn import FlopCountAnalysis  # slow to import, and only reports need it
 
-        logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
-        sample = torch.zeros(2, *model.extraction.graph.input_shape)
-        counter = FlopCountAnalysis(copy.deepcopy(model), sample)
-        counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        return {fqn: int(count) // 2 for fqn, count in counter.by_module().items()}
+def forward_multiply_adds(model: SubModel) -> Counter[int]:
+    """Multiply-adds of one sample's forward pass by unit (depth + 1 is the classifier); a multiply and its add are one.
+
+    Nothing is computed, but for networks whose shapes depend on data.
+    """
+    shadow, batch, labels = _shadow(model)
+    counts: Counter[int] = Counter()
+    unit = before = 0
+
+    def enter(next_unit: int) -> None:
+        nonlocal unit, before
+        counts[unit] += counter.get_total_flops() - before
+        unit, before = next_unit, counter.get_total_flops()
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, shadow.following_units(enter):
+        model.extraction.graph.adapter.step_loss(shadow, batch, labels)
+        enter(0)
+    return Counter({unit: flops // 2 // _BATCH for unit, flops in counts.items()})
 
 
 def training_flops(model: SubModel) -> int:
-    """FLOPs of one sample's forward and backward pass (a multiply and its add are two); nothing is computed.
+    """FLOPs of one sample's forward and backward pass; a multiply and its add are two.
 
-    Frozen parts before the first trained one run forward only. Convolutions and matrix products are counted.
+    Frozen parts before the first trained one run forward only. Nothing is computed, but for networks whose shapes
+    depend on data.
     """
-    shadow = copy.deepcopy(model).to("meta")
-    batch = torch.empty(2, *model.extraction.graph.input_shape, device="meta")
-    labels = torch.empty(2, dtype=torch.long, device="meta")
+    shadow, batch, labels = _shadow(model)
     with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(shadow(batch), labels).backward()
-    return counter.get_total_flops() // 2
+        model.extraction.graph.adapter.step_loss(shadow, batch, labels).backward()
+    return counter.get_total_flops() // _BATCH
+
+
+def _shadow(model: SubModel) -> tuple[SubModel, torch.Tensor, torch.Tensor]:
+    """A copy of a sub-model, a batch and its labels, all without values."""
+    graph = model.extraction.graph
+    device = "cpu" if graph.adapter.part else "meta"
+    with torch.device(device):
+        batch = torch.zeros(_BATCH, *graph.input_shape)
+        labels = graph.adapter.example_labels(_BATCH, graph.num_classes, graph.input_shape)
+    return copy.deepcopy(model).to(device), batch, labels

@@ -2,13 +2,16 @@
 
 import copy
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from slt_planner.config import StepSpec
 from slt_planner.errors import InputError
+from slt_planner.graph.adapter import Adapter
 from slt_planner.memory import cpu
 from slt_planner.memory.flops import forward_multiply_adds
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile, TimelinePoint, UnitRow
@@ -22,6 +25,7 @@ def measure(
     input_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     details: bool = True,
+    adapter: Adapter | None = None,
 ) -> MemoryProfile:
     """Peak memory of one steady training step, by running it on random images and labels.
 
@@ -35,6 +39,7 @@ def measure(
         input_shape: of one sample; a SubModel knows its own.
         num_classes: number of labels to draw from; a SubModel knows its own.
         details: also make the unit rows and the timeline.
+        adapter: between images and the module; a SubModel knows its own.
 
     Raises:
         InputError: shape or classes missing for a module that is no SubModel, or norms that differ.
@@ -47,13 +52,14 @@ def measure(
     """
     if isinstance(module, SubModel):
         extraction = module.extraction
-        input_shape, num_classes = extraction.graph.input_shape, extraction.graph.num_classes
+        graph = extraction.graph
+        input_shape, num_classes, adapter = graph.input_shape, graph.num_classes, graph.adapter
         if extraction.norms != spec.norms:
             raise InputError(f"the step has {spec.norms} norms, the sub-model {extraction.norms} ones")
     if input_shape is None or num_classes is None:
         raise InputError("measuring a module that is no SubModel needs input_shape and num_classes")
     with threads(spec) as number:
-        step = _RecordedStep(copy.deepcopy(module), spec, input_shape, num_classes)
+        step = _RecordedStep(copy.deepcopy(module), spec, input_shape, num_classes, adapter or Adapter())
         allocations, marks = cpu.record(step.run)
     blocks = _blocks(allocations)
     begin = next(mark.time_ns for mark in marks if mark.name == "step")
@@ -88,17 +94,30 @@ class _Block:
 _NEVER = 2**63
 
 
+class _Place:
+    """The unit that a forward pass is in; apart from the step, so that what calls `enter` does not hold the network."""
+
+    def __init__(self) -> None:
+        self.unit = 0
+
+    def enter(self, unit: int) -> None:
+        self.unit = unit
+
+
 class _RecordedStep:
     """A module, its optimizer, and one steady step of them that says what it saves."""
 
-    def __init__(self, module: nn.Module, spec: StepSpec, input_shape: tuple[int, ...], classes: int) -> None:
+    def __init__(
+        self, module: nn.Module, spec: StepSpec, input_shape: tuple[int, ...], classes: int, adapter: Adapter
+    ) -> None:
         self._spec = spec
+        self._adapter = adapter
         self._input_shape = input_shape
         self._classes = classes
         self._module = module.to(memory_format=memory_format(spec)) if len(input_shape) == 3 else module
         self._module.train()
         self._optimizer = make_optimizer(module.parameters(), spec.optimizer, learning_rate=0.0)
-        self._unit = 0
+        self._place = _Place()
         self._addresses: dict[Category, set[int]] = {}
         self.alive_before = sum(self.resident_bytes().values())
 
@@ -120,39 +139,25 @@ class _RecordedStep:
         batch = torch.randn(self._spec.batch_size, *self._input_shape)
         if batch.dim() == 4:
             batch = batch.to(memory_format=memory_format(self._spec))
-        labels = torch.randint(self._classes, (self._spec.batch_size,))
-        with torch.autograd.graph.saved_tensors_hooks(self._say_saved, lambda tensor: tensor):
-            hooks = self._follow_units()
-            training_step(self._module, self._optimizer, batch, labels, self._spec)
-        for hook in hooks:
-            hook.remove()
+        labels = self._adapter.example_labels(self._spec.batch_size, self._classes, self._input_shape)
+        with self._following_units(), torch.autograd.graph.saved_tensors_hooks(self._say_saved, lambda tensor: tensor):
+            training_step(self._module, self._optimizer, batch, labels, self._spec, self._adapter)
         cpu.mark("end")
         state = [value for entry in self._optimizer.state.values() for value in entry.values()]
         self._addresses = {
-            "batch": set(_storages([batch, labels])),
+            "batch": set(_storages(x for x in pytree.tree_leaves([batch, labels]) if isinstance(x, Tensor))),
             "gradients": set(_storages(p.grad for p in trained)) | old_gradients,
             "optimizer": set(_storages(v for v in state if isinstance(v, Tensor))),
         }
 
     def _say_saved(self, tensor: Tensor) -> Tensor:
-        cpu.mark(f"saved {tensor.untyped_storage().data_ptr()} {self._unit}")
+        cpu.mark(f"saved {tensor.untyped_storage().data_ptr()} {self._place.unit}")
         return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
 
-    def _follow_units(self) -> list[torch.utils.hooks.RemovableHandle]:
+    def _following_units(self) -> AbstractContextManager[None]:
         if not isinstance(self._module, SubModel):
-            return []
-
-        def enter(unit: int) -> None:
-            self._unit = unit
-
-        # Modules without parameters may serve several units; what follows a unit's last parameters is its own.
-        units = self._module.extraction.graph.unit_of_module()
-        called = {fqn: self._module.get_submodule(fqn) for fqn in units}
-        return [
-            module.register_forward_pre_hook(lambda *_, unit=units[fqn]: enter(unit))
-            for fqn, module in called.items()
-            if any(True for _ in module.parameters())
-        ]
+            return nullcontext()
+        return self._module.following_units(self._place.enter)
 
     def categories(self, blocks: list[_Block], marks: list[cpu.Mark]) -> list[Category]:
         """What each block is."""
@@ -197,14 +202,14 @@ class _RecordedStep:
             if categories[number] == "activations":
                 activations[unit] = activations.get(unit, 0) + blocks[number].size
         multiply_adds = forward_multiply_adds(self._module)
-        units = graph.unit_of_module()
+        unit_of = graph.unit_of_tensor()
+        parameters = dict(self._module.named_parameters())
         names = {unit.index: (unit.name, unit.kind, unit.output_shape) for unit in graph.units}
         names[graph.depth + 1] = ("classifier", "classifier", (graph.num_classes,))
         rows = []
         for index, (name, kind, output_shape) in names.items():
-            modules = [self._module.get_submodule(fqn) for fqn, unit in units.items() if unit == index]
-            parameters = [p for module in modules for p in module.parameters()]
-            states = [self._optimizer.state[p] for p in parameters if p in self._optimizer.state]
+            own = [parameter for fqn, parameter in parameters.items() if unit_of[fqn] == index]
+            states = [self._optimizer.state[p] for p in own if p in self._optimizer.state]
             tensors = (v for state in states for v in state.values() if isinstance(v, Tensor))
             rows.append(
                 UnitRow(
@@ -212,12 +217,12 @@ class _RecordedStep:
                     name=name,
                     kind=kind,
                     output_shape=output_shape,
-                    parameters=sum(p.numel() for p in parameters),
-                    weights_bytes=sum(_storages(parameters).values()),
+                    parameters=sum(p.numel() for p in own),
+                    weights_bytes=sum(_storages(own).values()),
                     activations_bytes=activations.get(index, 0),
-                    gradients_bytes=sum(_storages(p.grad for p in parameters).values()),
+                    gradients_bytes=sum(_storages(p.grad for p in own).values()),
                     optimizer_bytes=sum(_storages(tensors).values()),
-                    forward_multiply_adds=sum(multiply_adds[fqn] for fqn, u in units.items() if u == index),
+                    forward_multiply_adds=multiply_adds[index],
                 )
             )
         return tuple(rows)

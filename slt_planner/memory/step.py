@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slt_planner.config import Optimizer, StepSettings
+from slt_planner.graph.adapter import Adapter
 
 
 def make_optimizer(
@@ -25,11 +26,16 @@ def make_optimizer(
 
 
 def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, labels: Tensor, step: StepSettings
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    labels: Any,
+    step: StepSettings,
+    adapter: Adapter,
 ) -> Tensor:
-    """One step on a batch (N, ...) with labels (N,); gives the loss, detached."""
+    """One step on a batch (N, ...) with its labels; gives the loss, detached."""
     optimizer.zero_grad(set_to_none=step.set_to_none)
-    loss = F.cross_entropy(model(batch), labels)
+    loss = adapter.step_loss(model, batch, labels)
     loss.backward()
     optimizer.step()
     return loss.detach()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slt_planner.graph.widths import Channels, Cut, Keep, Operator, rule
+from slt_planner.graph.widths import Cut, Operator, rule
 
 Shortcut = Literal["conv", "pad"]
 
@@ -33,11 +33,15 @@ class PadShortcut(nn.Module):
 
 
 @rule(PadShortcut)
-def _pad_shortcut(op: Operator, inputs: tuple[Channels, ...], keep: Keep) -> Cut:
+def _pad_shortcut(op: Operator) -> Cut:
     """A narrower sub-model pads fewer zeros, as the same network built at that width would."""
-    kept = keep(op.module.out_channels)
-    taken = tuple(channel for channel in inputs[0] if channel < len(kept))
-    return Cut((taken,), kept, {}, {"out_channels": len(kept)})
+    x = op.argument(0, "x")
+    batch, channels, *_ = op.region(x)
+    given = op.keep(op.module.out_channels)
+    taken = channels.keeping(range(min(channels.width, given.width)))
+    inputs = {x: (batch, taken, *op.region(x)[2:])} if taken.indices != channels.indices else {}
+    output = (batch, given, *op.output[2:])
+    return Cut(output, inputs, attributes={"out_channels": given.width})
 
 
 class BasicBlock(nn.Module):

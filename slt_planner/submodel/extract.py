@@ -1,23 +1,29 @@
 """From a ModelGraph and a Config to a SubModel: the same mathematics with a frozen prefix and a scaled head."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from slt_planner.config import Config, Norms
 from slt_planner.errors import InputError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Cut, Index
-from slt_planner.submodel.slices import take
+from slt_planner.submodel.program import cut_program, with_unit_marks
+from slt_planner.submodel.slices import shape_of, take
+
+Forward = Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """How a sub-model was cut, and which of its modules (by fqn) are frozen."""
+    """How a sub-model was cut, and which of its tensors (by fqn) are frozen."""
 
     graph: ModelGraph
     config: Config
@@ -30,39 +36,101 @@ class SubModel(nn.Module):
 
     Its modules and parameters have the fqns of the original's. Parameters of frozen units have ``requires_grad``
     False. With `static` norms batch statistics are used in training and evaluation; with `running` norms the frozen
-    ones stay in evaluation mode.
+    ones stay in evaluation mode. Auxiliary outputs whose place is frozen are None.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], programs: Mapping[bool, fx.Graph], extraction: Extraction
+        self,
+        modules: Mapping[str, nn.Module],
+        tensors: Mapping[str, Tensor],
+        programs: Mapping[bool, fx.Graph],
+        extraction: Extraction,
+        around: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.extraction = extraction
+        self._around = None if around is None else _Around(self, around)
         for fqn, module in modules.items():
             _put_module(self, fqn, module)
-        # Only the compiled functions are kept, made from the weightless skeleton: a GraphModule is in a reference cycle
-        # and what it holds would wait for the garbage collector.
-        skeleton = extraction.graph.skeleton
-        self._forwards = {mode: type(fx.GraphModule(skeleton, program)).forward for mode, program in programs.items()}
+        stored = extraction.graph.skeleton.state_dict().keys()
+        for fqn, tensor in tensors.items():
+            _put_tensor(self, fqn, tensor, persistent=fqn in stored)
+        self._programs = _Programs(programs)
+        self._forwards = {mode: self._compiled(program) for mode, program in programs.items()}
         self.train()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, ...) inputs to (N, classes)."""
-        return self._forwards[self.training](self, x)
+    def _compiled(self, program: fx.Graph) -> Forward:
+        # Only the function is kept, made from the weightless skeleton: a GraphModule is in a reference cycle and what
+        # it holds would wait for the garbage collector.
+        return type(fx.GraphModule(self.extraction.graph.skeleton, program)).forward
+
+    def forward(self, *inputs: Any) -> Any:
+        """The network's arguments, each (N, ...), to its outputs."""
+        return self.run_traced(*inputs) if self._around is None else self._around.network(*inputs)
+
+    def run_traced(self, *inputs: Any) -> Any:
+        """The part that was traced and cut; usually all of the network."""
+        outputs = self._forwards[self.training](self, *inputs)
+        return pytree.tree_unflatten(list(outputs), self.extraction.graph.programs[self.training].structure)
+
+    @contextmanager
+    def following_units(self, enter: Callable[[int], None]) -> Iterator[None]:
+        """While this lasts, `enter` is called with a unit's number whenever a forward pass comes to it."""
+        plain = self._forwards
+        self._forwards = {m: self._compiled(with_unit_marks(p, enter)) for m, p in self._programs.by_mode.items()}
+        try:
+            yield
+        finally:
+            self._forwards = plain
 
     def train(self, mode: bool = True) -> "SubModel":
         """As torch's; running statistics of frozen norms never move."""
         super().train(mode)
-        for fqn in self.extraction.frozen:
-            module = self.get_submodule(fqn)
-            if isinstance(module, _BatchNorm) and module.track_running_stats:
+        if self._around is not None:
+            self._around.network.train(mode)
+        for fqn, module in self.named_modules():
+            norm = isinstance(module, _BatchNorm) and module.track_running_stats
+            if norm and f"{fqn}.running_mean" in self.extraction.frozen:
                 module.eval()
         return self
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a client sends back: trained parameters, and buffers beside them, by fqn; views, not copies."""
-        frozen = tuple(f"{fqn}." for fqn in self.extraction.frozen)
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen)}
+        frozen, graph = self.extraction.frozen, self.extraction.graph
+        return {n: v for n, v in self.state_dict().items() if n not in frozen and graph.first_name(n) == n}
+
+
+class _Around:
+    """A network whose traced part is a sub-model's: its other modules are the sub-model's own."""
+
+    def __init__(self, sub: SubModel, network: nn.Module) -> None:
+        self.network = network
+        part = sub.extraction.graph.adapter.part
+        for name, child in network.named_children():
+            if name != part:
+                sub.add_module(name, child)
+        setattr(network, part, _TracedPart(sub))
+
+
+class _TracedPart(nn.Module):
+    """Stands where the traced part was; not the parent of what it calls."""
+
+    def __init__(self, sub: SubModel) -> None:
+        super().__init__()
+        self._sub = (sub,)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._sub[0].run_traced(*inputs)
+
+
+class _Programs:
+    """Programs by mode; a copied sub-model uses the same ones."""
+
+    def __init__(self, by_mode: Mapping[bool, fx.Graph]) -> None:
+        self.by_mode = by_mode
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Programs":
+        return self
 
 
 def extract(
@@ -89,36 +157,60 @@ def extract(
     >>> tuple(sub.fc.weight.shape)
     (10, 32)
     """
-    indices = tensor_indices(graph, config)
-    state = _checked_state(graph, model)
-    units = graph.unit_of_module()
-    attributes = _module_attributes(graph, config)
-    modules = {fqn: _cut_module(graph.modules[fqn], fqn, attributes[fqn], indices, state, norms) for fqn in attributes}
-    frozen = frozenset(fqn for fqn, unit in units.items() if unit <= config.freeze_depth)
-    for fqn in frozen:
-        modules[fqn].requires_grad_(False)
-    programs = {mode: _cut_program(program, graph.cuts(config, mode)) for mode, program in graph.programs.items()}
-    return SubModel(modules, programs, Extraction(graph, config, norms, frozen))
+    cuts = {mode: graph.cuts(config, mode) for mode in graph.programs}
+    dropped = {mode: _dropped(graph, config, mode) for mode in graph.programs}
+    indices = _tensor_indices(graph, cuts[True], dropped[True])
+    values = _Values(graph, indices, _checked_state(graph, model))
+    units = graph.unit_of_tensor()
+    frozen = frozenset(name for name, unit in units.items() if unit <= config.freeze_depth)
+    modules, tensors = {}, {}
+    for mode, program in graph.programs.items():
+        for node in program.graph.nodes:
+            if node in dropped[mode]:
+                continue
+            if node.op == "call_module":
+                cut = cuts[mode].get(node, Cut(()))
+                modules[str(node.target)] = _cut_module(str(node.target), graph, cut, values, norms)
+            elif node.op == "get_attr":
+                tensors[str(node.target)] = values.of(str(node.target))
+    programs = {mode: cut_program(p.graph, cuts[mode], dropped[mode]) for mode, p in graph.programs.items()}
+    around = _filled_network(graph, values, norms) if graph.adapter.part else None
+    sub = SubModel(modules, tensors, programs, Extraction(graph, config, norms, frozen), around)
+    for name, parameter in sub.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return sub
 
 
 def tensor_indices(graph: ModelGraph, config: Config) -> dict[str, Index]:
-    """Which entries of each parameter and buffer (by fqn) a sub-model holds."""
-    return {
-        f"{node.target}.{name}": index
-        for node, cut in graph.cuts(config).items()
-        if node.op == "call_module"
-        for name, index in cut.parameters.items()
-    }
+    """Which entries of each parameter and buffer (by fqn) a sub-model holds; dimensions not named are whole."""
+    return _tensor_indices(graph, graph.cuts(config), _dropped(graph, config, True))
 
 
-def _module_attributes(graph: ModelGraph, config: Config) -> dict[str, Mapping[str, int]]:
-    """Every module that is called, in any mode, with the sizes its copy gets."""
-    return {
-        str(node.target): cut.attributes
-        for mode in (False, True)
-        for node, cut in graph.cuts(config, mode).items()
-        if node.op == "call_module"
-    }
+def _tensor_indices(graph: ModelGraph, cuts: Mapping[fx.Node, Cut], dropped: set[fx.Node]) -> dict[str, Index]:
+    indices: dict[str, Index] = dict.fromkeys(graph.untraced, ())
+    for node in graph.programs[True].graph.nodes:
+        if node in dropped:
+            continue
+        for name in graph.tensors_of(node):
+            indices.setdefault(name, ())
+        cut = cuts.get(node)
+        if cut is None:
+            continue
+        if node.op == "get_attr":
+            indices[str(node.target)] = cut.output  # type: ignore[assignment]
+        for name, index in cut.parameters.items():
+            indices[graph.first_name(f"{node.target}.{name}")] = index
+    return indices
+
+
+def _dropped(graph: ModelGraph, config: Config, mode: bool) -> set[fx.Node]:
+    """Auxiliary heads on a frozen place, and what is stored for them alone."""
+    dropped: set[fx.Node] = set()
+    for node in reversed(graph.programs[mode].graph.nodes):
+        of_no_use = not node.meta["data"] and node.users and all(user in dropped for user in node.users)
+        if (node.meta["auxiliary"] and node.meta["freezes"] <= config.freeze_depth) or of_no_use:
+            dropped.add(node)
+    return dropped
 
 
 def _checked_state(graph: ModelGraph, model: nn.Module | Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
@@ -133,67 +225,87 @@ def _checked_state(graph: ModelGraph, model: nn.Module | Mapping[str, Tensor] | 
     return state
 
 
-def _cut_module(
-    skeleton: nn.Module,
-    fqn: str,
-    attributes: Mapping[str, int],
-    indices: Mapping[str, Index],
-    state: Mapping[str, Tensor] | None,
-    norms: Norms,
-) -> nn.Module:
+class _Values:
+    """The values of a sub-model's tensors, cut; without a state they are made up."""
+
+    def __init__(self, graph: ModelGraph, indices: Mapping[str, Index], state: Mapping[str, Tensor] | None) -> None:
+        self._graph, self._indices, self._state = graph, indices, state
+        self._made: dict[str, Tensor] = {}
+
+    def of(self, fqn: str) -> Tensor:
+        """A tensor's kept part; the same object every time, so that what is shared stays shared."""
+        name = self._graph.first_name(fqn)
+        if name not in self._made:
+            like = self._graph.tensor(name)
+            index = self._indices.get(name, ())
+            if name in self._graph.constants:
+                value = take(self._graph.constants[name], index)
+            elif self._state is None:
+                value = _synthetic(like, index, name)
+            else:
+                value = take(self._state[name], index)
+            self._made[name] = nn.Parameter(value) if isinstance(like, nn.Parameter) else value
+        return self._made[name]
+
+
+def _cut_module(fqn: str, graph: ModelGraph, cut: Cut, values: _Values, norms: Norms) -> nn.Module:
     """A copy of one leaf module with its sizes and tensors cut."""
-    module = copy.deepcopy(skeleton)
-    for name, size in attributes.items():
-        setattr(module, name, size)
-    if norms == "static" and isinstance(module, _BatchNorm):
-        module.track_running_stats = False
-        module.running_mean = module.running_var = module.num_batches_tracked = None
-    for name, old in [*module.named_parameters(), *module.named_buffers()]:
-        index = indices.get(f"{fqn}.{name}", ())
-        value = _synthetic(old, index, name) if state is None else take(state[f"{fqn}.{name}"], index)
-        setattr(module, name, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
-    return module
+    module = copy.deepcopy(graph.modules[fqn])
+    for name, size in cut.attributes.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, size)
+    _fill(module, f"{fqn}.", values, norms)
+    return module if cut.replacement is None else cut.replacement(module)
+
+
+def _filled_network(graph: ModelGraph, values: _Values, norms: Norms) -> nn.Module:
+    """A copy of the network without its traced part."""
+    part = graph.skeleton.get_submodule(graph.adapter.part)
+    network = copy.deepcopy(graph.skeleton, {id(part): nn.Identity()})
+    _fill(network, "", values, norms)
+    return network
+
+
+def _fill(module: nn.Module, prefix: str, values: _Values, norms: Norms) -> None:
+    """Give a weightless module its values; with static norms, no running statistics."""
+    for norm in module.modules():
+        if norms == "static" and isinstance(norm, _BatchNorm):
+            norm.track_running_stats = False
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    for name, _ in [*module.named_parameters(), *module.named_buffers()]:
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, values.of(f"{prefix}{name}"))
 
 
 def _synthetic(like: Tensor, index: Index, name: str) -> Tensor:
     """Values for measuring, harmless in any network: small weights, and norms that change nothing."""
-    shape = [len(kept) for kept in index] + list(like.shape[len(index) :])
-    if len(shape) > 1:
+    shape = shape_of(index, like.shape)
+    if len(shape) > 1 and like.is_floating_point():
         return torch.randn(shape, dtype=like.dtype) * 0.05
-    return torch.full(shape, 0 if name in ("bias", "running_mean") else 1, dtype=like.dtype)
-
-
-def _cut_program(program: fx.Graph, cuts: Mapping[fx.Node, Cut]) -> fx.Graph:
-    """A copy of a traced program in which inputs are cut to the channels that their operator takes."""
-    copied = fx.Graph()
-    copy_of: dict[fx.Node, fx.Node] = {}
-    for node in program.nodes:
-        sources = node.all_input_nodes
-        wanted = cuts[node].inputs
-        narrowed = {
-            source: copied.call_function(torch.narrow, (copy_of[source], 1, 0, len(taken)))
-            for source, taken in zip(sources, wanted, strict=True)
-            if _is_cut(cuts[source].output, taken, node)
-        }
-        copy_of[node] = copied.node_copy(node, lambda n: narrowed.get(n, copy_of[n]))  # noqa: B023
-    copied.lint()
-    return copied
-
-
-def _is_cut(given: tuple[int, ...], taken: tuple[int, ...], node: fx.Node) -> bool:
-    if given == taken:
-        return False
-    if given[: len(taken)] != taken:
-        raise InputError(f"{node.name}: takes channels that are not the first ones its producer gives")
-    return True
+    zero = name.rpartition(".")[2] in ("bias", "running_mean") or not like.is_floating_point()
+    return torch.full(shape, 0 if zero else 1, dtype=like.dtype)
 
 
 def _put_module(root: nn.Module, fqn: str, module: nn.Module) -> None:
     """Register a module under its dotted path, with plain modules on the way."""
-    *path, leaf = fqn.split(".")
+    path, _, leaf = fqn.rpartition(".")
+    _parent(root, path).add_module(leaf, module)
+
+
+def _put_tensor(root: nn.Module, fqn: str, tensor: Tensor, persistent: bool) -> None:
+    """Register a parameter or buffer under its dotted path."""
+    path, _, leaf = fqn.rpartition(".")
+    parent = _parent(root, path)
+    if isinstance(tensor, nn.Parameter):
+        parent.register_parameter(leaf, tensor)
+    else:
+        parent.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def _parent(root: nn.Module, path: str) -> nn.Module:
     parent = root
-    for name in path:
+    for name in path.split(".") if path else ():
         if name not in parent._modules:
             parent.add_module(name, nn.Module())
         parent = parent.get_submodule(name)
-    parent.add_module(leaf, module)
+    return parent

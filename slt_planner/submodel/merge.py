@@ -11,7 +11,7 @@ from slt_planner.errors import InputError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Index
 from slt_planner.submodel.extract import tensor_indices
-from slt_planner.submodel.slices import add_at, take
+from slt_planner.submodel.slices import add_at, shape_of, take
 
 Update: TypeAlias = tuple[Config, Mapping[str, Tensor], int]
 """What a client trained: its configuration, its trained state by fqn, and on how many samples."""
@@ -50,19 +50,17 @@ def merge(graph: ModelGraph, state: Mapping[str, Tensor], updates: Iterable[Upda
             add_at(total[name], index, (value.detach().to(old) - old) * samples)
             add_at(weight[name], index, float(samples))
     # Where nobody trained, the sum is zero: dividing it by one instead of zero leaves the element as it is.
-    return {
+    merged = {
         name: old + total[name] / weight[name].clamp(min=1) if name in total else old for name, old in state.items()
     }
+    return {name: merged[graph.first_name(name)] for name in state}
 
 
 def trained_indices(graph: ModelGraph, config: Config) -> dict[str, Index]:
     """Which entries of each tensor (by fqn) a configuration trains: those outside its frozen units."""
-    units = graph.unit_of_module()
-    return {
-        name: index
-        for name, index in tensor_indices(graph, config).items()
-        if units[name.rpartition(".")[0]] > config.freeze_depth
-    }
+    units = graph.unit_of_tensor()
+    indices = tensor_indices(graph, config)
+    return {name: index for name, index in indices.items() if units[name] > config.freeze_depth}
 
 
 def _check_update(part: Mapping[str, Tensor], trained: Mapping[str, Index], graph: ModelGraph, samples: int) -> None:
@@ -77,6 +75,6 @@ def _check_update(part: Mapping[str, Tensor], trained: Mapping[str, Index], grap
         if name not in trained:
             raise InputError(f"an update holds {name}, which its configuration does not train")
         index = trained[name]
-        expected = tuple(len(kept) for kept in index) + tuple(full[name].shape[len(index) :])
+        expected = shape_of(index, full[name].shape)
         if tuple(value.shape) != expected:
             raise InputError(f"an update's {name} has shape {tuple(value.shape)}; it must be {expected}")

@@ -5,6 +5,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from slt_planner.graph.region import Dimension
 from slt_planner.graph.widths import Index
 
 Slices: TypeAlias = tuple[slice | Tensor, ...]
@@ -13,9 +14,17 @@ Slices: TypeAlias = tuple[slice | Tensor, ...]
 
 def slices_of(index: Index) -> Slices:
     """An index as cheap selections; prefixes become views."""
-    return tuple(
-        slice(0, len(kept)) if kept[-1] == len(kept) - 1 else torch.tensor(kept, dtype=torch.long) for kept in index
-    )
+    return tuple(map(_selection, index))
+
+
+def _selection(dimension: Dimension) -> slice | Tensor:
+    kept = dimension.indices
+    return slice(0, len(kept)) if isinstance(kept, range) else torch.tensor(kept, dtype=torch.long)
+
+
+def shape_of(index: Index, full: torch.Size) -> tuple[int, ...]:
+    """The shape of the kept part of a tensor; dimensions beyond the index are whole."""
+    return tuple(dimension.width for dimension in index) + tuple(full[len(index) :])
 
 
 def take(full: Tensor, index: Index) -> Tensor:
@@ -25,7 +34,7 @@ def take(full: Tensor, index: Index) -> Tensor:
         if isinstance(selection, slice):
             part = part.narrow(dim, 0, selection.stop)
         else:
-            part = part.index_select(dim, selection)
+            part = part.index_select(dim, selection.to(part.device))
     return part.clone(memory_format=torch.contiguous_format)
 
 
@@ -35,8 +44,8 @@ def add_at(full: Tensor, index: Index, part: Tensor | float) -> None:
     if all(isinstance(selection, slice) for selection in selections):
         full[selections] += part
         return
-    lengths = [len(kept) for kept in index]
     open_mesh = tuple(
-        torch.tensor(kept).view([-1 if i == dim else 1 for i in range(len(lengths))]) for dim, kept in enumerate(index)
+        torch.as_tensor(dimension.indices).view([-1 if i == dim else 1 for i in range(len(index))])
+        for dim, dimension in enumerate(index)
     )
     full[open_mesh] += part

@@ -209,9 +209,9 @@ def test_files_of_more_rows_than_are_read_at_once(folder):
 # parquet, unsound
 
 
-@pytest.mark.parametrize("name", ["", "cifar10", "parquet", "parquet:", "digits:8", "imagefolder:x"])
+@pytest.mark.parametrize("name", ["", "cifar10", "parquet", "parquet:", "masks", "masks:", "digits:8", "imagefolder:x"])
 def test_unknown_names_are_refused_with_the_known_ones(name):
-    with pytest.raises(InputError, match="known are digits and parquet:DIR") as error:
+    with pytest.raises(InputError, match=r"known are digits, parquet:DIR .* and masks:DIR") as error:
         load_dataset(name, SHAPE, 3)
     assert repr(name) in str(error.value)
 

@@ -159,3 +159,17 @@ def test_two_samples_a_client_are_enough_and_fewer_are_refused(scheme):
 def test_at_least_one_client(clients):
     with pytest.raises(InputError, match=f"over {clients} clients; give at least 1"):
         partition(balanced(), clients, "iid", 0)
+
+
+def test_labels_a_pixel_are_split_iid_by_image():
+    masks = torch.zeros(11, 4, 6, dtype=torch.uint8)
+    parts, plain = partition(masks, 3, "iid", 5), partition(np.zeros(11, dtype=np.int64), 3, "iid", 5)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, plain, strict=True))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(11))
+
+
+@pytest.mark.parametrize("labels", [np.zeros((20, 4, 6), dtype=np.uint8), torch.zeros(20, 4, 6, dtype=torch.uint8)])
+def test_class_mixes_need_a_class_an_image(labels):
+    message = r"^partition 'dirichlet:0\.5' goes by the class of each image, .* labels of 4x6, .*use iid$"
+    with pytest.raises(InputError, match=message):
+        partition(labels, 2, "dirichlet:0.5", 0)

@@ -1,0 +1,57 @@
+"""Between the data and a network: what it is fed, which of its outputs counts, and what it minimises."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slt_planner.config import Metric
+
+
+class Adapter:
+    """How a batch of images (N, ...) and labels meets a network; subclass it and override what differs.
+
+    This one is for networks that take images and give logits (N, classes). A network that needs another one names it
+    as its attribute ``slt_adapter``, or it is given to `trace`.
+
+    >>> class TwoViews(Adapter):
+    ...     def inputs(self, images):
+    ...         return images, images.flip(-1)
+    ...     def scores(self, outputs):
+    ...         return outputs["logits"]
+    """
+
+    metric: Metric = "accuracy"
+    """How the network is judged: ``accuracy``, or ``mean_iou`` over the pixels of (N, classes, H, W) scores."""
+
+    part = ""
+    """The fqn of the module that is traced, where shapes in the rest of the network depend on data; "" is all of it."""
+
+    def traced_shape(self, model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What `inputs` is given when the network (or its traced part) is traced, without the batch."""
+        return input_shape
+
+    def num_classes(self, model: nn.Module) -> int | None:
+        """How many classes the network tells apart; None where dimension 1 of its scores says it."""
+        return None
+
+    def inputs(self, images: Tensor) -> tuple[Any, ...]:
+        """The network's arguments; tensors whose first dimension is the batch."""
+        return (images,)
+
+    def scores(self, outputs: Any) -> Any:
+        """The output that is judged: logits of shape (N, classes). All others are auxiliary; they may be dropped."""
+        return outputs
+
+    def loss(self, outputs: Any, labels: Tensor) -> Tensor:
+        """What a training step minimises; by default the scores' cross-entropy. An output that was dropped is None."""
+        return F.cross_entropy(self.scores(outputs), labels)
+
+    def step_loss(self, model: nn.Module, images: Tensor, labels: Any) -> Tensor:
+        """The loss of a batch; override it only where the network computes its loss itself."""
+        return self.loss(model(*self.inputs(images)), labels)
+
+    def example_labels(self, batch_size: int, num_classes: int, input_shape: tuple[int, ...]) -> Any:
+        """Made-up labels for measuring a step: class numbers (N,)."""
+        return torch.randint(num_classes, (batch_size,))

@@ -1,0 +1,86 @@
+"""A sub-model's own program: the network's, with inputs cut and calls changed as the rules say."""
+
+import operator
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from slt_planner.graph.region import Dimension, Region
+from slt_planner.graph.widths import Cut
+
+
+def cut_program(program: fx.Graph, cuts: Mapping[fx.Node, Cut], dropped: Collection[fx.Node]) -> fx.Graph:
+    """A copy of a recorded program in which inputs are cut to what their operator takes.
+
+    `dropped` nodes are left out; an output among them becomes None.
+    """
+    copied = fx.Graph()
+    copy_of: dict[fx.Node, Any] = dict.fromkeys(dropped)
+    for node in program.nodes:
+        if node in copy_of:
+            continue
+        cut = cuts.get(node, Cut(()))
+        inputs = {source: _narrowed(copied, copy_of[source], source, cuts, want) for source, want in cut.inputs.items()}
+        copy_of[node] = _copied(copied, node, cut, lambda n: inputs.get(n, copy_of[n]))  # noqa: B023
+        copy_of[node].meta["unit"] = node.meta["unit"]
+    copied.lint()
+    return copied
+
+
+def _copied(copied: fx.Graph, node: fx.Node, cut: Cut, own: Callable[[fx.Node], Any]) -> fx.Node:
+    if cut.call is not None:
+        function, arguments = cut.call
+        return copied.call_function(function, fx.node.map_arg(arguments, own))
+    if node.op == "output":
+        return copied.output(fx.node.map_arg(node.args[0], own))
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for place, value in cut.arguments.items():
+        if isinstance(place, int):
+            args[place] = value
+        else:
+            kwargs[place] = value
+    return copied.create_node(
+        node.op, node.target, fx.node.map_arg(tuple(args), own), fx.node.map_arg(kwargs, own), node.name
+    )
+
+
+def _narrowed(copied: fx.Graph, given: Any, source: fx.Node, cuts: Mapping[fx.Node, Cut], wanted: Region) -> Any:
+    arrives: Region = cuts[source].output if source in cuts else source.meta["full"]  # type: ignore[assignment]
+    for dim, (has, takes) in enumerate(zip(arrives, wanted, strict=True)):
+        if has.indices == takes.indices:
+            continue
+        positions = _positions(has, takes)
+        if isinstance(positions, range):
+            given = copied.call_function(torch.narrow, (given, dim, 0, len(positions)))
+        else:
+            given = copied.call_function(select_entries, (given, dim, positions))
+    return given
+
+
+def _positions(has: Dimension, takes: Dimension) -> range | tuple[int, ...]:
+    """Where in what arrives the wanted entries are."""
+    if isinstance(has.indices, range) and isinstance(takes.indices, range):
+        return range(len(takes.indices))
+    place = {entry: i for i, entry in enumerate(has.indices)}
+    positions = tuple(place[entry] for entry in takes.indices)
+    return range(len(positions)) if positions[-1] == len(positions) - 1 else positions
+
+
+def select_entries(x: Tensor, dim: int, positions: tuple[int, ...]) -> Tensor:
+    """Entries of a tensor along a dimension that are not the first ones."""
+    return x.index_select(dim, torch.tensor(positions, device=x.device))
+
+
+def with_unit_marks(program: fx.Graph, enter: Callable[[int], None]) -> fx.Graph:
+    """A copy that calls `enter` with the number of the unit whenever another one begins."""
+    copied = fx.Graph()
+    copy_of: dict[fx.Node, fx.Node] = {}
+    unit = 0
+    for node in program.nodes:
+        if node.op.startswith("call") and node.target is not operator.getitem and node.meta.get("unit", unit) != unit:
+            unit = node.meta["unit"]
+            copied.call_function(enter, (unit,))
+        copy_of[node] = copied.node_copy(node, copy_of.__getitem__)
+    return copied

@@ -1,0 +1,439 @@
+"""One small network a kind of layer: cut, against the same arithmetic written out by hand on sliced weights."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slt_planner.config import Config
+from slt_planner.errors import UnsupportedLayerError
+from slt_planner.graph.adapter import Adapter
+from slt_planner.graph.trace import trace
+from slt_planner.graph.widths import Cut, Operator, rule
+from slt_planner.models.registry import load_model
+from slt_planner.submodel.extract import extract, tensor_indices
+from slt_planner.submodel.merge import merge
+
+HALF = Config(freeze_depth=0, full_depth=0, head_scale=0.5)
+
+
+class Net(nn.Module):
+    """Parts by name, and what is done with them."""
+
+    def __init__(self, work, **parts):
+        super().__init__()
+        self.work = work
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *inputs):
+        return self.work(self, *inputs)
+
+
+def pooled(x):
+    return x.mean((2, 3))
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(*shape))
+
+
+def conv(incoming, out, size=1, groups=1):
+    return nn.Conv2d(incoming, out, size, groups=groups, padding=size // 2, bias=False)
+
+
+def with_by_hand(network, by_hand, config, shape=(3, 6, 6)):
+    """Outputs and gradients of the cut network, and of `by_hand`, which gets the full weights to slice."""
+    torch.manual_seed(0)
+    network = network.double()
+    images = torch.randn(4, *shape, dtype=torch.float64)
+    graph = trace(network, shape)
+    sub = extract(graph, network, config)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+    outputs, expected = sub(images), by_hand(weights, images)
+    torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-10)
+    outputs.square().sum().backward()
+    expected.square().sum().backward()
+    indices = tensor_indices(graph, config)
+    for name, own in sub.named_parameters():
+        index = [list(d.indices) for d in indices[name]]
+        gradient = weights[name].grad
+        for dim, kept in enumerate(index):
+            gradient = gradient.index_select(dim, torch.tensor(kept))
+        torch.testing.assert_close(own.grad, gradient, rtol=1e-9, atol=1e-9, msg=name)
+    return graph
+
+
+def test_grouped_convolutions_keep_whole_groups_and_their_producers_whole_steps():
+    network = Net(
+        lambda n, x: n.fc(pooled(n.b(n.a(x)))), a=conv(3, 12), b=conv(12, 24, 3, groups=6), fc=nn.Linear(24, 5)
+    )
+
+    def by_hand(w, x):
+        x = F.conv2d(x, w["a.weight"][:6])
+        x = F.conv2d(x, w["b.weight"][:12], padding=1, groups=3)
+        return F.linear(pooled(x), w["fc.weight"][:, :12], w["fc.bias"])
+
+    graph = with_by_hand(network, by_hand, HALF)
+    assert graph.depth == 2
+    assert graph.head_scales(0) == tuple(k / 6 for k in range(1, 7))  # both in steps of whole groups
+
+
+def test_a_depthwise_convolution_follows_its_producer_and_is_no_unit():
+    network = Net(
+        lambda n, x: n.fc(pooled(n.deep(n.a(x)))), a=conv(3, 8), deep=conv(8, 16, 3, groups=8), fc=nn.Linear(16, 5)
+    )
+
+    def by_hand(w, x):
+        x = F.conv2d(F.conv2d(x, w["a.weight"][:4]), w["deep.weight"][:8], padding=1, groups=4)
+        return F.linear(pooled(x), w["fc.weight"][:, :8], w["fc.bias"])
+
+    assert with_by_hand(network, by_hand, HALF).depth == 1
+
+
+def test_transposed_convolutions():
+    network = Net(
+        lambda n, x: n.fc(pooled(n.up(n.a(x)))),
+        a=conv(3, 8),
+        up=nn.ConvTranspose2d(8, 6, 2, 2),
+        fc=nn.Linear(6, 5),
+    )
+
+    def by_hand(w, x):
+        x = F.conv_transpose2d(F.conv2d(x, w["a.weight"][:4]), w["up.weight"][:4, :3], w["up.bias"][:3], stride=2)
+        return F.linear(pooled(x), w["fc.weight"][:, :3], w["fc.bias"])
+
+    assert with_by_hand(network, by_hand, HALF).depth == 2
+
+
+def test_group_layer_and_instance_norms():
+    def work(n, x):
+        x = n.instance(n.group(n.a(x)))
+        return n.fc(n.layer(x.permute(0, 2, 3, 1)).mean((1, 2)))
+
+    network = Net(
+        work,
+        a=conv(3, 12),
+        group=nn.GroupNorm(4, 12),
+        instance=nn.InstanceNorm2d(12, affine=True),
+        layer=nn.LayerNorm(12),
+        fc=nn.Linear(12, 5),
+    )
+
+    def by_hand(w, x):
+        x = F.group_norm(F.conv2d(x, w["a.weight"][:6]), 2, w["group.weight"][:6], w["group.bias"][:6])
+        x = F.instance_norm(x, weight=w["instance.weight"][:6], bias=w["instance.bias"][:6])
+        x = F.layer_norm(x.permute(0, 2, 3, 1), (6,), w["layer.weight"][:6], w["layer.bias"][:6])
+        return F.linear(x.mean((1, 2)), w["fc.weight"][:, :6], w["fc.bias"])
+
+    graph = with_by_hand(network, by_hand, HALF)
+    assert graph.head_scales(0) == (0.25, 0.5, 0.75, 1.0)  # whole groups of three
+
+
+def test_concatenations_keep_the_union_and_a_split_of_them_keeps_the_parts():
+    def work(n, x):
+        a, b = n.a(x), n.b(x)
+        first, second = n.c(torch.cat([a, b], 1)).split([4, 4], dim=1)
+        return n.fc(pooled(torch.cat([a, first * second], 1)))
+
+    network = Net(work, a=conv(3, 6), b=conv(3, 4), c=conv(10, 8), fc=nn.Linear(10, 5))
+
+    def by_hand(w, x):
+        a, b = F.conv2d(x, w["a.weight"][:3]), F.conv2d(x, w["b.weight"][:2])
+        c = w["c.weight"][:, [0, 1, 2, 6, 7]]
+        first, second = F.conv2d(torch.cat([a, b], 1), c[[0, 1, 4, 5]]).chunk(2, 1)
+        features = pooled(torch.cat([a, first * second], 1))
+        return F.linear(features, w["fc.weight"][:, [0, 1, 2, 6, 7]], w["fc.bias"])
+
+    with_by_hand(network, by_hand, HALF)
+
+
+def test_a_gate_follows_what_it_gates_and_is_no_unit():
+    def work(n, x):
+        x = n.a(x)
+        gate = n.grow(F.relu(n.squeeze(F.adaptive_avg_pool2d(x, 1))))
+        return n.fc(pooled(x * torch.sigmoid(gate)))
+
+    network = Net(work, a=conv(3, 8), squeeze=conv(8, 4), grow=conv(4, 8), fc=nn.Linear(8, 5))
+
+    def by_hand(w, x):
+        x = F.conv2d(x, w["a.weight"][:4])
+        gate = F.relu(F.conv2d(F.adaptive_avg_pool2d(x, 1), w["squeeze.weight"][:2, :4]))
+        x = x * torch.sigmoid(F.conv2d(gate, w["grow.weight"][:4, :2]))
+        return F.linear(pooled(x), w["fc.weight"][:, :4], w["fc.bias"])
+
+    graph = with_by_hand(network, by_hand, HALF)
+    assert [unit.modules for unit in graph.units] == [("a", "squeeze", "grow")]
+
+
+def test_channel_shuffle_takes_the_same_channels_of_every_group():
+    def work(n, x):
+        x = torch.cat([n.a(x), n.b(x)], 1)
+        batch, channels, height, width = x.shape
+        x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+        return n.fc(pooled(x))
+
+    network = Net(work, a=conv(3, 4), b=conv(3, 4), fc=nn.Linear(8, 5))
+
+    def by_hand(w, x):
+        a, b = F.conv2d(x, w["a.weight"][:2]), F.conv2d(x, w["b.weight"][:2])
+        x = torch.stack([a, b], 2).flatten(1, 2)
+        return F.linear(pooled(x), w["fc.weight"][:, :4], w["fc.bias"])
+
+    with_by_hand(network, by_hand, HALF)
+
+
+def test_at_the_boundary_what_is_wide_is_cut_before_a_shuffle():
+    """The second branch is scaled, the first is not: of every group the same channels."""
+
+    def work(n, x):
+        x = n.a(x)
+        x = torch.cat([x, n.b(x)], 1)
+        return n.fc(pooled(F.channel_shuffle(x, 2)))
+
+    network = Net(work, a=conv(3, 4), b=conv(4, 4), fc=nn.Linear(8, 5))
+
+    def by_hand(w, x):
+        x = F.conv2d(x, w["a.weight"])
+        x = torch.stack([x[:, :2], F.conv2d(x, w["b.weight"][:2])], 2).flatten(1, 2)
+        return F.linear(pooled(x), w["fc.weight"][:, :4], w["fc.bias"])
+
+    with_by_hand(network, by_hand, Config(freeze_depth=0, full_depth=1, head_scale=0.5))
+
+
+def test_parameters_used_directly_follow_what_they_meet():
+    def work(n, x):
+        x = n.a(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([n.token.expand(len(x), -1, -1), x], 1) + n.positions
+        return n.fc((tokens @ n.mix * n.scale)[:, 0])
+
+    network = Net(
+        work,
+        a=conv(3, 8),
+        token=parameter(1, 1, 8),
+        positions=parameter(1, 37, 8),
+        mix=parameter(8, 6),
+        scale=parameter(6),
+        fc=nn.Linear(6, 5),
+    )
+
+    def by_hand(w, x):
+        x = F.conv2d(x, w["a.weight"][:4]).flatten(2).transpose(1, 2)
+        tokens = torch.cat([w["token"][..., :4].expand(len(x), -1, -1), x], 1) + w["positions"][..., :4]
+        mixed = tokens @ w["mix"][:4, :3] * w["scale"][:3]
+        return F.linear(mixed[:, 0], w["fc.weight"][:, :3], w["fc.bias"])
+
+    graph = with_by_hand(network, by_hand, HALF)
+    assert graph.depth == 2
+    assert graph.unit_of_tensor() == {
+        "a.weight": 1, "token": 1, "positions": 1, "mix": 2, "scale": 2, "fc.weight": 3, "fc.bias": 3,
+    }  # fmt: skip
+
+
+def attention_by_hand(w, x, heads, width, stream):
+    """Six heads of four, of which the first `heads`, on the first `stream` channels."""
+    rows = [part * 24 + i for part in range(3) for i in range(width)]
+    q, k, v = F.linear(x, w["qkv.weight"][rows][:, :stream], w["qkv.bias"][rows]).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (heads, 4)).transpose(1, 2) for t in (q, k, v))
+    mixed = torch.softmax(q @ k.transpose(-2, -1) / 2, -1) @ v
+    return F.linear(mixed.transpose(1, 2).flatten(2), w["proj.weight"][:width, :width], w["proj.bias"][:width])
+
+
+def attention_work(n, x):
+    x = n.a(x).flatten(2).transpose(1, 2)
+    batch, positions, channels = x.shape
+    qkv = n.qkv(x).reshape(batch, positions, 3, 6, channels // 6).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    attention = ((q * (channels // 6) ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+    x = x + n.proj((attention @ v).transpose(1, 2).reshape(batch, positions, channels))
+    return n.fc(x.mean(1))
+
+
+@pytest.mark.parametrize("full_depth", [0, 1])
+def test_written_out_attention_keeps_whole_heads_and_is_one_unit(full_depth):
+    network = Net(attention_work, a=conv(3, 24), qkv=nn.Linear(24, 72), proj=nn.Linear(24, 24), fc=nn.Linear(24, 5))
+    stream = 24 if full_depth else 12
+
+    def by_hand(w, x):
+        x = F.conv2d(x, w["a.weight"][:stream]).flatten(2).transpose(1, 2)
+        x = x[..., :12] + attention_by_hand(w, x, 3, 12, stream)
+        return F.linear(x.mean(1), w["fc.weight"][:, :12], w["fc.bias"])
+
+    graph = with_by_hand(network, by_hand, Config(freeze_depth=0, full_depth=full_depth, head_scale=0.5))
+    assert [unit.modules for unit in graph.units] == [("a",), ("qkv", "proj")]
+    assert graph.head_scales(0) == tuple(k / 6 for k in range(1, 7))  # the stream is whole heads wide
+
+
+@pytest.mark.parametrize("full_depth", [0, 1])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_attention_at_the_boundary_projects_from_the_wide_stream(full_depth, need_weights):
+    def work(n, x):
+        x = n.a(x).flatten(2).transpose(1, 2)
+        x = x + n.attention(x, x, x, need_weights=need_weights)[0]
+        return n.fc(x.mean(1))
+
+    network = Net(work, a=conv(3, 24), attention=nn.MultiheadAttention(24, 6, batch_first=True), fc=nn.Linear(24, 5))
+    stream = 24 if full_depth else 12
+
+    def by_hand(w, x):
+        own = {
+            "qkv.weight": w["attention.in_proj_weight"],
+            "qkv.bias": w["attention.in_proj_bias"],
+            "proj.weight": w["attention.out_proj.weight"],
+            "proj.bias": w["attention.out_proj.bias"],
+        }
+        x = F.conv2d(x, w["a.weight"][:stream]).flatten(2).transpose(1, 2)
+        x = x[..., :12] + attention_by_hand(own, x, 3, 12, stream)
+        return F.linear(x.mean(1), w["fc.weight"][:, :12], w["fc.bias"])
+
+    with_by_hand(network, by_hand, Config(freeze_depth=0, full_depth=full_depth, head_scale=0.5))
+
+
+def test_a_network_used_on_two_inputs_is_cut_once_and_its_uses_agree():
+    class TwoHalves(Adapter):
+        def inputs(self, images):
+            return images[:, :3], images[:, 3:]
+
+    def work(n, left, right):
+        return n.fc(torch.cat([pooled(n.b(F.relu(n.a(x)))) for x in (left, right)], 1))
+
+    network = Net(work, a=conv(3, 8, 3), b=conv(8, 6, 3), fc=nn.Linear(12, 5))
+    network.slt_adapter = TwoHalves()
+    graph = trace(network, (6, 6, 6))
+    assert [unit.name for unit in graph.units] == ["a", "b"]
+    sub = extract(graph, network, HALF)
+    images = torch.randn(4, 6, 6, 6)
+    branch = lambda x: pooled(F.conv2d(F.relu(F.conv2d(x, sub.a.weight, padding=1)), sub.b.weight, padding=1))  # noqa: E731
+    features = torch.cat([branch(images[:, :3]), branch(images[:, 3:])], 1)
+    torch.testing.assert_close(sub(*graph.adapter.inputs(images)), sub.fc(features))
+    assert sub.fc.weight.shape == (5, 6)
+    merged = merge(graph, network.state_dict(), [(HALF, sub.trained_state(), 2)])
+    assert all(torch.equal(merged[name], value) for name, value in network.state_dict().items())
+
+
+def test_tied_weights_are_one_parameter_and_come_back_under_both_names():
+    def work(n, x):
+        return n.fc(torch.cat([pooled(n.a(x)), pooled(n.b(x.flip(-1)))], 1))
+
+    network = Net(work, a=conv(3, 8, 3), b=conv(3, 8, 3), fc=nn.Linear(16, 5))
+    network.b.weight = network.a.weight
+    graph = trace(network, (3, 6, 6))
+    sub = extract(graph, network, HALF)
+    assert sub.a.weight is sub.b.weight
+    assert sorted(sub.trained_state()) == ["a.weight", "fc.bias", "fc.weight"]
+    update = {name: value + 1 for name, value in sub.trained_state().items()}
+    merged = merge(graph, network.state_dict(), [(HALF, update, 1)])
+    assert torch.equal(merged["a.weight"], merged["b.weight"])
+    torch.testing.assert_close(merged["a.weight"][:4], network.a.weight[:4] + 1)
+    assert torch.equal(merged["a.weight"][4:], network.a.weight[4:])
+
+
+class AuxiliaryHead(nn.Module):
+    """Two convolutions; on the first hangs a head that training alone uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 8, 3), conv(8, 8, 3)
+        self.side, self.side_fc = conv(8, 6), nn.Linear(6, 5)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.a(x)
+        side = self.side_fc(pooled(self.side(x))) if self.training else None
+        return {"side": side, "logits": self.fc(pooled(self.b(x)))}
+
+
+class Logits(Adapter):
+    def scores(self, outputs):
+        return outputs["logits"]
+
+
+def test_auxiliary_heads_stay_whole_and_go_when_their_place_is_frozen():
+    network = AuxiliaryHead()
+    graph = trace(network, (3, 6, 6), Logits())
+    assert [unit.name for unit in graph.units] == ["a", "b"]
+    images = torch.randn(4, 3, 6, 6)
+    warm_up = extract(graph, network, HALF)
+    assert warm_up.side.weight.shape == (6, 4, 1, 1)
+    assert warm_up(images)["side"].shape == (4, 5)
+    assert warm_up.eval()(images)["side"] is None
+    frozen = extract(graph, network, Config(freeze_depth=1, full_depth=2, head_scale=0.5))
+    assert frozen(images)["side"] is None
+    assert not any(name.startswith("side") for name, _ in frozen.named_parameters())
+    assert set(frozen.trained_state()) == {"b.weight", "fc.weight", "fc.bias"}
+
+
+class Noisy(nn.Module):
+    """Dropout by three ways, and stochastic depth written by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = conv(3, 8, 3), conv(8, 8, 3), nn.Linear(8, 5)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        x = self.drop(self.a(x))
+        if self.training:
+            x = x + self.b(x) * torch.empty(len(x), 1, 1, 1, device=x.device).bernoulli_(0.5)
+        else:
+            x = x + self.b(x) * 0.5
+        return self.fc(F.dropout(pooled(x), 0.2, self.training))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_stochastic_layers_are_right_in_both_modes_and_for_any_batch(training, batch):
+    network = Noisy()
+    sub = extract(trace(network, (3, 6, 6)), network, Config.full_network()).train(training)
+    images = torch.randn(batch, 3, 6, 6)
+    outputs = []
+    for model in (sub, network.train(training)):
+        torch.manual_seed(3)
+        outputs.append(model(images))
+    assert torch.equal(*outputs)
+
+
+class Halved(nn.Module):
+    """A layer of the user's own: the mean of neighbouring channels."""
+
+    def forward(self, x):
+        return torch.stack(torch.unbind(x.unfold(1, 2, 2), -1)).mean(0)
+
+
+def test_a_kind_is_taught_by_a_rule():
+    network = Net(lambda n, x: n.fc(pooled(n.halved(n.a(x)))), a=conv(3, 8), halved=Halved(), fc=nn.Linear(4, 5))
+    with pytest.raises(UnsupportedLayerError, match="halved: unfold has no width rule"):
+        trace(network, (3, 6, 6))
+
+    @rule(Halved)
+    def _halved(op: Operator) -> Cut:
+        batch, channels, *positions = op.region(op.argument(0, "x"))
+        op.needs.steps(channels, 2)
+        kept = op.output[1].keeping(range(channels.width // 2))
+        return Cut((batch, kept, *positions))
+
+    graph = trace(network, (3, 6, 6))
+    assert graph.head_scales(0) == (0.25, 0.5, 0.75, 1.0)
+    sub = extract(graph, network, HALF)
+    assert sub.fc.weight.shape == (5, 2)
+    assert sub(torch.randn(2, 3, 6, 6)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["densenet40", "vgg9", "convnet", "vit_cifar"])
+def test_reference_networks_in_full_are_themselves(name):
+    model = load_model(name)
+    graph = trace(model, (3, 32, 32))
+    assert graph.depth == {"densenet40": 39, "vgg9": 8, "convnet": 3, "vit_cifar": 19}[name]
+    images = torch.randn(2, 3, 32, 32)
+    for mode in (True, False):
+        sub = extract(graph, model, Config.full_network(), "running").train(mode)
+        assert torch.equal(sub(images), copy.deepcopy(model).train(mode)(images))
+
+
+def test_parameters_of_reference_networks():
+    """DenseNet40 (k = 12): 1.0 million (Huang et al. 2017, table 2); counted by hand for the others."""
+    counts = {n: sum(p.numel() for p in load_model(n).parameters()) for n in ("densenet40", "vgg9", "convnet")}
+    convnet = 32 * 75 + 32 + 64 * 800 + 64 + 512 * 4096 + 512 + 5130
+    assert counts == {"densenet40": 1_019_722, "vgg9": 3_491_530, "convnet": convnet}
