@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slt_planner.federated.experiment import train
     from slt_planner.federated.result import RunResult
     from slt_planner.federated.run_folder import load_run
+    from slt_planner.graph.adapter import Adapter
     from slt_planner.graph.trace import ModelGraph, trace
     from slt_planner.memory.measure import measure
     from slt_planner.memory.profile import MemoryProfile
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from slt_planner.submodel.merge import merge
 
 _HOME = {
+    "Adapter": "graph.adapter",
     "Config": "config",
     "InfeasibleError": "errors",
     "InputError": "errors",
@@ -56,6 +58,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Adapter",
     "Config",
     "InfeasibleError",
     "InputError",

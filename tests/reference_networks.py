@@ -46,7 +46,7 @@ class HandCut(nn.Module):
     def conv(
         self, name: str, unit: int, inputs: Kept, outputs: Kept, kernel: int, stride: int = 1, bias: bool = False
     ) -> nn.Module:
-        padding = (kernel - 1) // 2 if kernel % 2 else 0
+        padding = 1 if kernel == 3 else 0
         layer = nn.Conv2d(len(inputs), len(outputs), kernel, stride, padding, bias=bias)
         return self.add(layer, name, unit, outputs, inputs)
 
@@ -207,7 +207,7 @@ class Block(nn.Module):
     def __init__(
         self, cut: HandCut, names: dict[str, str], unit: int, stream: int, dim: int, size: int, eps: float
     ) -> None:
-        """`unit` is the attention's; `stream` the width that comes in; `dim` that of the whole network; `size` a head's."""
+        """`unit` is the attention's, `stream` the incoming width, `dim` the whole network's, `size` a head's."""
         super().__init__()
         attended = cut.width(unit, dim, size)
         hidden, self.out = cut.width(unit + 1, 4 * dim), cut.width(unit + 2, dim, size)
@@ -327,9 +327,10 @@ class WindowBlock(Block):
 
 
 class HandCutSwin(HandCut):
-    """Swin-T with heads of any size: 1 is the patch convolution, then attention and two linear layers a block, and one a merging of patches.
+    """Swin-T with heads of any size: 1 is the patch convolution, then three a block and one a merging of patches.
 
-    A merging's norm follows the stream, so it is in the unit before the merging's linear layer.
+    A block has attention and two linear layers. A merging's norm follows the stream, so it is in the unit before the
+    merging's linear layer.
     """
 
     depth = 1 + 3 * 2 + 1 + 3 * 2 + 1 + 3 * 6 + 1 + 3 * 2

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from slt_planner.cli.common import command_line, consoles, validated
+from slt_planner.config import Metric
 from slt_planner.errors import InputError, SltError
 from slt_planner.federated.result import RoundRow, RunResult, RunSettings
 from slt_planner.federated.run_folder import METRICS, PICTURE, REPORT, clear_runs
@@ -118,7 +119,7 @@ def _run_all(
     for run in runs:
         name = run.settings.strategy
         folder = out if len(runs) == 1 else out / f"{name}-seed{seed}"
-        with _Live(name, run.settings.rounds, console) as live:
+        with _Live(name, run.settings.rounds, run.graph.adapter.metric, console) as live:
             results.append(run_experiment(run, folder, force=force, progress=live.show))
         if results[-1].status == "stopped":
             break
@@ -140,8 +141,9 @@ def _words(data: "Dataset", chosen: dict[str, int], asked_batch: int | None, pla
 class _Live:
     """Rounds as they come: a bar on a terminal, a plain line each otherwise."""
 
-    def __init__(self, strategy: str, rounds: int, console: Console) -> None:
+    def __init__(self, strategy: str, rounds: int, metric: Metric, console: Console) -> None:
         self._strategy, self._rounds, self._console = strategy, rounds, console
+        self._metric = metric.replace("_", " ")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task(strategy, total=rounds)
@@ -157,7 +159,7 @@ class _Live:
         """Show a finished round."""
         line = (
             f"{self._strategy} round {row.round}/{self._rounds}  stage {row.stage}  {row.config}  "
-            f"accuracy {row.accuracy:.1%}  loss {_short(row.loss)}  {row.seconds:.1f} s"
+            f"{self._metric} {row.accuracy:.1%}  loss {_short(row.loss)}  {row.seconds:.1f} s"
         )
         self._bar.update(self._task, advance=1, description=f"{self._strategy} {row.config} {row.accuracy:.1%}")
         if not self._console.is_terminal:

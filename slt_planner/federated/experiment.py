@@ -78,7 +78,7 @@ def train(
 
     Args:
         plan: the plan.
-        dataset: ``digits`` or ``parquet:DIR``.
+        dataset: ``digits``, ``parquet:DIR`` or ``masks:DIR``.
         rounds: federated rounds; by default by the data set's size.
         model: the network to start from, or its name as `load_model` takes it; by default the plan's, initialised by
             the seed.

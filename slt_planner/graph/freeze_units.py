@@ -35,8 +35,8 @@ def assign_units(
     The two differ only for what is stored and used by several units. Inputs and what precedes the first unit belong to
     unit 1; classifiers (weight-bearing operators that no other one follows) and what comes after them are depth + 1.
     What an addition or a product merges belongs to the later operand's unit; gates belong to what they gate; an
-    attention's projections are one unit, and those of queries, keys and values carry ``meta["projects"]``. Nodes that only auxiliary outputs need (not `main`) carry
-    ``meta["auxiliary"]``; they belong to the unit they hang on.
+    attention's projections are one unit, and those of queries, keys and values carry ``meta["projects"]``. Nodes that
+    only auxiliary outputs need (not `main`) carry ``meta["auxiliary"]``; they belong to the unit they hang on.
 
     Args:
         program: the recorded graph; nodes carry ``meta["data"]``, whether they depend on the inputs.
@@ -44,7 +44,10 @@ def assign_units(
         weighted: its weight-bearing nodes.
         main: the nodes of the main outputs.
     """
-    kinds: Kinds = lambda node: kind_of(node, modules.get(str(node.target)) if node.op == "call_module" else None)  # noqa: E731
+
+    def kinds(node: fx.Node) -> object:
+        return kind_of(node, modules[str(node.target)] if node.op == "call_module" else None)
+
     order = {node: i for i, node in enumerate(program.nodes)}
     needed = _leading_to(program, main)
     for node in _leading_to(program, output_nodes(program)):

@@ -125,8 +125,14 @@ def load_model(
     if is_reference(name):
         return _referenced(name, num_classes)
     entry = find_model(name)
-    with Weightless(active=not weights):
-        return entry.build(input_shape or entry.input_shape, num_classes or entry.num_classes)
+    build = partial(entry.build, input_shape or entry.input_shape, num_classes or entry.num_classes)
+    if weights:
+        return build()
+    try:
+        with Weightless():
+            return build()
+    except RuntimeError:  # some networks compute with their weights while they are built
+        return build()
 
 
 class Weightless(TorchFunctionMode):
@@ -136,14 +142,10 @@ class Weightless(TorchFunctionMode):
     meta device.
     """
 
-    def __init__(self, active: bool) -> None:
-        super().__init__()
-        self._active = active
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of torch's comes by here."""
         kwargs = kwargs or {}
-        if self._active and func is torch.empty:
+        if func is torch.empty:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 

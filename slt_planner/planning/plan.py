@@ -16,10 +16,15 @@ LimitedBy = Literal["budget", "later_stage", "weakest_tier", "full"]
 
 
 class PlannedModel(Record):
-    """Which network the plan is for; `name` is what was given on the command line, None for a module in memory."""
+    """Which network the plan is for; `name` is what was given on the command line, None for a module in memory.
+
+    `data_dependent` networks (detectors) have parts whose shapes depend on data: their peaks were measured on made-up
+    targets of one size, drawn with a fixed seed.
+    """
 
     name: str | None
     graph_hash: str
+    data_dependent: bool = False
     unit_names: tuple[str, ...]
 
     @property

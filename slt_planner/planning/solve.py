@@ -70,7 +70,12 @@ def solve(
         for tier in ordered
     )
     return Plan(
-        model=PlannedModel(name=model_name, graph_hash=graph.hash, unit_names=tuple(u.name for u in graph.units)),
+        model=PlannedModel(
+            name=model_name,
+            graph_hash=graph.hash,
+            data_dependent=bool(graph.adapter.part),
+            unit_names=tuple(u.name for u in graph.units),
+        ),
         input_shape=graph.input_shape,
         num_classes=graph.num_classes,
         batch_size=spec.batch_size,

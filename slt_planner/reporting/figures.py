@@ -23,6 +23,7 @@ from slt_planner.reporting.terminal import (
     count,
     dataset_titles,
     megabytes,
+    metric_title,
     model_title,
     ruler,
     run_groups,
@@ -283,14 +284,14 @@ def accuracy_figure(results: Sequence[RunResult], titled: bool = True) -> Figure
         _draw_group(over_rounds, over_bytes, group, number)
     if not any(result.rows for result in results):
         over_rounds.text(0.5, 0.5, "no round was finished", transform=over_rounds.transAxes, ha="center", color=MUTED)
-    over_rounds.set(xlabel="round", ylabel="test accuracy (%)")
+    over_rounds.set(xlabel="round", ylabel=f"test {metric_title(results)} (%)")
     over_rounds.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     over_bytes.set(xlabel="uploaded by all clients so far (MB)")
     uploads = [group.runs[0].bytes_up for _, group in groups]
     if uploads and max(uploads) > 8 * min(uploads) > 0:
         _make_logarithmic(over_bytes)
     if titled:
-        title = f"Test accuracy on {shorten(dataset_titles(results), 70)}"
+        title = f"Test {metric_title(results)} on {shorten(dataset_titles(results), 70)}"
         figure.suptitle(title, fontsize=14, fontweight="bold", x=0.012, ha="left")
     handles, labels = over_rounds.get_legend_handles_labels()
     if any(_stage_changes(result) for result in results):

@@ -18,11 +18,13 @@ from slt_planner.memory.profile import CATEGORIES
 from slt_planner.planning.plan import Plan, TierPlan
 from slt_planner.reporting import figures
 from slt_planner.reporting.terminal import (
+    DATA_DEPENDENT,
     NOTHING,
     count,
     dataset_titles,
     head_scales,
     mean,
+    metric_title,
     model_title,
     percent,
     reason_text,
@@ -178,6 +180,7 @@ def _plan_page(plan: Plan) -> dict[str, Any]:
             f"{plan.num_classes:,} classes",
         ],
         "ruler": ruler(plan),
+        "data_dependent": DATA_DEPENDENT,
         "headlines": [(tier, tier_headline(tier, plan)) for tier in plan.tiers],
         "schedule": _chart("schedule", figures.schedule_figure(plan), what),
         "memory": [(_memory_chart(number, tier), tier) for number, tier in enumerate(plan.feasible_tiers)],
@@ -210,12 +213,14 @@ def _run_page(results: Sequence[RunResult]) -> dict[str, Any]:
     data = dataset_titles(results)
     models = ", ".join(dict.fromkeys(model_title(run.plan) for run in results))
     images = dict.fromkeys(f"{run.train_images:,} training and {run.test_images:,} test images" for run in results)
-    what = f"Test accuracy on {data} over rounds and over uploaded bytes; thin lines mark where a stage begins"
+    metric = metric_title(results)
+    what = f"Test {metric} on {data} over rounds and over uploaded bytes; thin lines mark where a stage begins"
     peaks = "A client's highest measured peak in percent of its tier's budget, by run and tier"
     return {
         "title": f"Federated training: {models}",
         "facts": [data, *images, ", ".join(dict.fromkeys(run.settings.strategy for run in results))],
         "data": data,
+        "metric": metric,
         "rulers": list(dict.fromkeys(ruler(run.plan) for run in results)),
         "runs": labelled,
         "stopped": [stopped_sentence(label, run) for label, run in labelled if run.status == "stopped"],

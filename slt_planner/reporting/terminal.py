@@ -118,7 +118,17 @@ def plan_table(plan: Plan) -> RenderableType:
         *(part for block in blocks for part in (_stage_table(plan, block), Text(""))),
         Text(note, style="dim"),
         Text(f"Measured: {ruler(plan)}.", style="dim"),
+        *([Text(DATA_DEPENDENT, style="yellow")] if plan.model.data_dependent else []),
     )
+
+
+DATA_DEPENDENT = "This network's shapes depend on data: peaks are for made-up targets; real ones can need more."
+
+
+def metric_title(results: Sequence[RunResult]) -> str:
+    """What the runs are judged by, in words."""
+    words = {"accuracy": "accuracy", "mean_iou": "mean IoU"}
+    return " or ".join(dict.fromkeys(words[result.metric] for result in results)) or words["accuracy"]
 
 
 def _plain_table(*titles: str) -> Table:
@@ -293,7 +303,8 @@ def run_table(results: Sequence[RunResult]) -> RenderableType:
         if result.status == "stopped"
     ]
     note = (
-        f"Test accuracy on {dataset_titles(results)}. Final: with the norms' statistics of the batch / running ones. "
+        f"Test {metric_title(results)} on {dataset_titles(results)}. "
+        "Final: with the norms' statistics of the batch / running ones. "
         "Peak: of the tier nearest to its budget, allocator ruler."
     )
     return Group(table, Text(""), *stopped, Text(note, style="dim"))
