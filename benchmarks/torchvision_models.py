@@ -2,7 +2,8 @@
 
 For each network: trace it; (0, 0, 1.0) must equal it to the bit in training and evaluation mode (one seed for
 stochastic layers); at five random legal configurations it must train one step with a finite loss, and merging the
-untouched sub-model must give the state back. Run with ``python benchmarks/torchvision_models.py [NAME...]``.
+untouched sub-model must give the state back. Detectors are traced as far as their shapes do not depend on data (their
+backbone) and run whole. Run with ``python benchmarks/torchvision_models.py [NAME...]``.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import time
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import nn
 from torch.utils import _pytree as pytree
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from slt_planner.config import Config, Optimizer, StepSettings
 from slt_planner.environment import environment
@@ -29,12 +32,14 @@ from slt_planner.submodel.merge import merge
 RESULT = Path(__file__).parent / "results" / "torchvision_models.json"
 # Small inputs, so that all of it runs on a laptop; sizes that a network cannot take are its own.
 SIZES = {"inception_v3": 299, "googlenet": 224, "alexnet": 96, "maxvit_t": 224, "vit_h_14": 56, "s3d": 224}
+DETECTION = 128
 CONFIGS = 5
 
 
 def input_shape(name: str) -> tuple[int, ...]:
     shape = find_model(name).input_shape
-    size = SIZES.get(name, 64)
+    detects = name in torchvision.models.list_models(module=torchvision.models.detection)
+    size = SIZES.get(name, DETECTION if detects else 64)
     if name.startswith("mvit"):
         return shape  # its tables of positions are made for one size
     return (*shape[:-2], size, size)
@@ -56,6 +61,7 @@ def equal(one: object, other: object) -> bool:
 def is_the_model(graph: ModelGraph, model: nn.Module, images: torch.Tensor) -> bool:
     """(0, 0, 1.0) against the model, in both modes."""
     same = []
+    labels = graph.adapter.example_labels(len(images), graph.num_classes, graph.input_shape)
     for mode in (True, False):
         sub = extract(graph, model, Config.full_network(), norms="running").train(mode)
         whole = copy.deepcopy(model).train(mode)
@@ -63,9 +69,16 @@ def is_the_model(graph: ModelGraph, model: nn.Module, images: torch.Tensor) -> b
         for network in (sub, whole):
             torch.manual_seed(1)
             with torch.no_grad():
-                outputs.append(network(*graph.adapter.inputs(images)))
+                outputs.append(network(*arguments(graph, images, labels if mode else None)))
         same.append(equal(*outputs))
     return all(same)
+
+
+def arguments(graph: ModelGraph, images: torch.Tensor, labels: object) -> tuple[object, ...]:
+    """What the network is called with: detectors take lists of images, and targets in training."""
+    if not graph.adapter.part:
+        return graph.adapter.inputs(images)
+    return (list(images),) if labels is None else (list(images), labels)
 
 
 def train_once(graph: ModelGraph, model: nn.Module, config: Config, images: torch.Tensor) -> bool:
@@ -85,9 +98,14 @@ def merges_back(graph: ModelGraph, model: nn.Module, config: Config) -> bool:
 
 def examine(name: str) -> dict[str, object]:
     torch.manual_seed(0)
-    shape = input_shape(name)
+    try:
+        shape = input_shape(name)
+    except SltError as error:
+        return {"model": name, "right": False, "error": str(error)}
     row: dict[str, object] = {"model": name, "input_shape": shape}
     model = load_model(name, input_shape=shape)
+    if isinstance(resize := getattr(model, "transform", None), GeneralizedRCNNTransform):
+        resize.min_size, resize.max_size = (shape[-1],), shape[-1]  # detectors bring images to a size of their own
     began = time.perf_counter()
     try:
         graph = trace(model, shape)
@@ -111,7 +129,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="networks; all by default, and only then is the result written")
     names = parser.parse_args().names
     rows = []
-    for name in names or torchvision_names():
+    refused = torchvision.models.list_models(module=torchvision.models.optical_flow)
+    for name in names or [*torchvision_names(), *refused]:
         rows.append(examine(name))
         print(json.dumps(rows[-1]), flush=True)
     print(f"{sum(bool(row['right']) for row in rows)} of {len(rows)} right")

@@ -75,7 +75,7 @@ def _step_the_stream(walk: "_Walk", projection: fx.Node) -> None:
     source = projection.args[0]
     linear = kind_of(projection, walk.module(projection)) in (nn.Linear, "linear", "matmul")
     stream = source.meta["full"][-1 if linear else 1] if isinstance(source, fx.Node) else Dimension(1)
-    if stream.size % heads == 0:
+    if heads > 1 and stream.size % heads == 0:
         walk.needs.steps(stream, stream.size // heads)
 
 

@@ -92,9 +92,10 @@ class ModelGraph:
         A parameter that several units use freezes with the last of them.
         """
         units: dict[str, int] = {}
-        for node in self.programs[True].graph.nodes:
-            for name in self.tensors_of(node):
-                units[name] = max(node.meta["freezes"], units.get(name, 0))
+        for program in self.programs.values():
+            for node in program.graph.nodes:
+                for name in self.tensors_of(node):
+                    units[name] = max(node.meta["freezes"], units.get(name, 0))
         return units | dict.fromkeys(self.untraced, self.depth + 1)
 
     @cached_property

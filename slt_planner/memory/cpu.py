@@ -51,7 +51,7 @@ def record(work: Callable[[], None]) -> tuple[list[Allocation], list[Mark]]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             work()
     finally:
         if collecting:

@@ -59,7 +59,7 @@ def measure(
     if input_shape is None or num_classes is None:
         raise InputError("measuring a module that is no SubModel needs input_shape and num_classes")
     with threads(spec) as number:
-        step = _RecordedStep(copy.deepcopy(module), spec, input_shape, num_classes, adapter or Adapter())
+        step = _RecordedStep(copy.deepcopy(module), spec, input_shape, num_classes, adapter or Adapter(), details)
         allocations, marks = cpu.record(step.run)
     blocks = _blocks(allocations)
     begin = next(mark.time_ns for mark in marks if mark.name == "step")
@@ -108,9 +108,16 @@ class _RecordedStep:
     """A module, its optimizer, and one steady step of them that says what it saves."""
 
     def __init__(
-        self, module: nn.Module, spec: StepSpec, input_shape: tuple[int, ...], classes: int, adapter: Adapter
+        self,
+        module: nn.Module,
+        spec: StepSpec,
+        input_shape: tuple[int, ...],
+        classes: int,
+        adapter: Adapter,
+        details: bool,
     ) -> None:
         self._spec = spec
+        self._details = details
         self._adapter = adapter
         self._input_shape = input_shape
         self._classes = classes
@@ -155,7 +162,7 @@ class _RecordedStep:
         return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
 
     def _following_units(self) -> AbstractContextManager[None]:
-        if not isinstance(self._module, SubModel):
+        if not self._details or not isinstance(self._module, SubModel):
             return nullcontext()
         return self._module.following_units(self._place.enter)
 

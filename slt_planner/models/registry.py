@@ -89,6 +89,9 @@ def find_model(name: str) -> ModelEntry:
     names = torchvision_names()
     if name in names:
         return _torchvision_entry(name)
+    for kind in ("optical_flow", "quantization"):
+        if _is_a(name, kind):
+            raise InputError(f"torchvision's {kind.replace('_', ' ')} networks cannot be planned; {name} is one")
     near = difflib.get_close_matches(name, [*_REGISTRY, *names], n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(_REGISTRY)}"
     raise InputError(f"unknown model {name!r}; {hint} (your own: package.module:factory or ./file.py:Class)")

@@ -159,20 +159,20 @@ def extract(
     """
     cuts = {mode: graph.cuts(config, mode) for mode in graph.programs}
     dropped = {mode: _dropped(graph, config, mode) for mode in graph.programs}
-    indices = _tensor_indices(graph, cuts[True], dropped[True])
+    indices = _tensor_indices(graph, cuts, dropped)
     values = _Values(graph, indices, _checked_state(graph, model))
     units = graph.unit_of_tensor()
     frozen = frozenset(name for name, unit in units.items() if unit <= config.freeze_depth)
     modules, tensors = {}, {}
     for mode, program in graph.programs.items():
         for node in program.graph.nodes:
-            if node in dropped[mode]:
+            name = str(node.target)
+            if node in dropped[mode] or name in modules:
                 continue
             if node.op == "call_module":
-                cut = cuts[mode].get(node, Cut(()))
-                modules[str(node.target)] = _cut_module(str(node.target), graph, cut, values, norms)
+                modules[name] = _cut_module(name, graph, cuts[mode].get(node, Cut(())), values, norms)
             elif node.op == "get_attr":
-                tensors[str(node.target)] = values.of(str(node.target))
+                tensors[name] = values.of(name)
     programs = {mode: cut_program(p.graph, cuts[mode], dropped[mode]) for mode, p in graph.programs.items()}
     around = _filled_network(graph, values, norms) if graph.adapter.part else None
     sub = SubModel(modules, tensors, programs, Extraction(graph, config, norms, frozen), around)
@@ -183,24 +183,27 @@ def extract(
 
 def tensor_indices(graph: ModelGraph, config: Config) -> dict[str, Index]:
     """Which entries of each parameter and buffer (by fqn) a sub-model holds; dimensions not named are whole."""
-    return _tensor_indices(graph, graph.cuts(config), _dropped(graph, config, True))
+    cuts = {mode: graph.cuts(config, mode) for mode in graph.programs}
+    return _tensor_indices(graph, cuts, {mode: _dropped(graph, config, mode) for mode in graph.programs})
 
 
-def _tensor_indices(graph: ModelGraph, cuts: Mapping[fx.Node, Cut], dropped: set[fx.Node]) -> dict[str, Index]:
+def _tensor_indices(
+    graph: ModelGraph, cuts: Mapping[bool, Mapping[fx.Node, Cut]], dropped: Mapping[bool, set[fx.Node]]
+) -> dict[str, Index]:
     indices: dict[str, Index] = dict.fromkeys(graph.untraced, ())
-    for node in graph.programs[True].graph.nodes:
-        if node in dropped:
-            continue
-        for name in graph.tensors_of(node):
-            indices.setdefault(name, ())
-        cut = cuts.get(node)
-        if cut is None:
-            continue
-        if node.op == "get_attr":
-            indices[str(node.target)] = cut.output  # type: ignore[assignment]
-        for name, index in cut.parameters.items():
-            indices[graph.first_name(f"{node.target}.{name}")] = index
+    for mode, program in graph.programs.items():
+        for node in program.graph.nodes:
+            if node not in dropped[mode]:
+                indices |= _indices_at(graph, node, cuts[mode].get(node, Cut(())))
     return indices
+
+
+def _indices_at(graph: ModelGraph, node: fx.Node, cut: Cut) -> dict[str, Index]:
+    """The indices of the tensors that one node uses."""
+    indices: dict[str, Index] = dict.fromkeys(graph.tensors_of(node), ())
+    if node.op == "get_attr" and cut.output:
+        indices[str(node.target)] = cut.output  # type: ignore[assignment]
+    return indices | {graph.first_name(f"{node.target}.{name}"): index for name, index in cut.parameters.items()}
 
 
 def _dropped(graph: ModelGraph, config: Config, mode: bool) -> set[fx.Node]:
