@@ -15,7 +15,8 @@ class RunSettings(Record):
     """Everything but the plan that a run is made from; saved, with the plan, as config.json.
 
     `dataset` is what was given (``digits``, ``parquet:DIR`` or ``masks:DIR``), `partition` ``iid`` or
-    ``dirichlet:ALPHA``. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the rounds.
+    ``dirichlet:ALPHA``. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
+    rounds.
     """
 
     strategy: Literal["slt", "small"]

@@ -58,7 +58,8 @@ def measure(
             raise InputError(f"the step has {spec.norms} norms, the sub-model {extraction.norms} ones")
     if input_shape is None or num_classes is None:
         raise InputError("measuring a module that is no SubModel needs input_shape and num_classes")
-    with threads(spec) as number:
+    with threads(spec) as number, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # made-up data is the same every time: a detector's shapes depend on it
         step = _RecordedStep(copy.deepcopy(module), spec, input_shape, num_classes, adapter or Adapter(), details)
         allocations, marks = cpu.record(step.run)
     blocks = _blocks(allocations)

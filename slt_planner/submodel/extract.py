@@ -234,6 +234,9 @@ class _Values:
     def __init__(self, graph: ModelGraph, indices: Mapping[str, Index], state: Mapping[str, Tensor] | None) -> None:
         self._graph, self._indices, self._state = graph, indices, state
         self._made: dict[str, Tensor] = {}
+        self._random = torch.Generator().manual_seed(
+            0
+        )  # a detector's shapes depend on made-up values too
 
     def of(self, fqn: str) -> Tensor:
         """A tensor's kept part; the same object every time, so that what is shared stays shared."""
@@ -244,7 +247,7 @@ class _Values:
             if name in self._graph.constants:
                 value = take(self._graph.constants[name], index)
             elif self._state is None:
-                value = _synthetic(like, index, name)
+                value = _synthetic(like, index, name, self._random)
             else:
                 value = take(self._state[name], index)
             self._made[name] = nn.Parameter(value) if isinstance(like, nn.Parameter) else value
@@ -280,11 +283,11 @@ def _fill(module: nn.Module, prefix: str, values: _Values, norms: Norms) -> None
         setattr(module.get_submodule(path), leaf, values.of(f"{prefix}{name}"))
 
 
-def _synthetic(like: Tensor, index: Index, name: str) -> Tensor:
+def _synthetic(like: Tensor, index: Index, name: str, random: torch.Generator) -> Tensor:
     """Values for measuring, harmless in any network: small weights, and norms that change nothing."""
     shape = shape_of(index, like.shape)
     if len(shape) > 1 and like.is_floating_point():
-        return torch.randn(shape, dtype=like.dtype) * 0.05
+        return torch.randn(shape, dtype=like.dtype, generator=random) * 0.05
     zero = name.rpartition(".")[2] in ("bias", "running_mean") or not like.is_floating_point()
     return torch.full(shape, 0 if zero else 1, dtype=like.dtype)
 

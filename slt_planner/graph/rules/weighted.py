@@ -21,19 +21,12 @@ class _Weights:
     sizes: dict[str, int]
 
 
-def _channels(op: Operator) -> int:
-    """The dimension of the channels: 1, or 0 of an input without batch."""
-    spatial = len(op.output) - 2
-    kernel = op.module.kernel_size if op.module is not None else None
-    return 1 if kernel is None or spatial == len(kernel) else 0
-
-
 def _groups(op: Operator) -> int:
     return int(op.module.groups if op.module is not None else op.argument(6, "groups", 1))
 
 
 def _in_channels(op: Operator) -> int:
-    return op.region(op.argument(0, "input"))[_channels(op)].size
+    return op.region(op.argument(0, "input"))[1].size
 
 
 def _has_own_width(op: Operator) -> bool:
@@ -43,8 +36,7 @@ def _has_own_width(op: Operator) -> bool:
 
 @rule(*_CONVOLUTIONS, "conv1d", "conv2d", "conv3d", weighted=_has_own_width)
 def _convolution(op: Operator) -> Cut:
-    groups, dim = _groups(op), _channels(op)
-    arrives, out = op.region(op.argument(0, "input"))[dim], op.output[dim].size
+    groups, arrives, out = _groups(op), op.region(op.argument(0, "input"))[1], op.output[1].size
     if groups == 1:
         given = op.keep(out)
         weights = _Weights(arrives, given, (given, arrives), {"in_channels": arrives.width})
@@ -84,8 +76,7 @@ def _transposed_convolution(op: Operator) -> Cut:
     groups = _groups(op)
     if groups != 1:
         raise op.refused(f"with groups={groups} has no width rule")
-    dim = _channels(op)
-    arrives, given = op.region(op.argument(0, "input"))[dim], op.keep(op.output[dim].size)
+    arrives, given = op.region(op.argument(0, "input"))[1], op.keep(op.output[1].size)
     sizes = {"in_channels": arrives.width, "out_channels": given.width}
     return _convolved(op, _Weights(arrives, given, (arrives, given), sizes))
 
@@ -100,13 +91,13 @@ def _linear(op: Operator) -> Cut:
 
 
 def _convolved(op: Operator, weights: _Weights) -> Cut:
-    """The cut around a convolution: its positions must be whole."""
-    x, dim = op.argument(0, "input"), _channels(op)
-    region = op.region(x)
-    if not is_whole(region[dim + 1 :]):
+    """The cut around a convolution of (N, C, positions): positions must be whole."""
+    x = op.argument(0, "input")
+    batch, arrives, *positions = op.region(x)
+    if not is_whole(tuple(positions)):
         raise op.refused("over a dimension that a head scale cuts has no width rule")
-    inputs = {} if weights.taken.indices == region[dim].indices else {x: _with(region, dim, weights.taken)}
-    return _with_weights(op, weights, inputs, (*region[:dim], weights.given, *op.output[dim + 1 :]))
+    inputs = {} if weights.taken.indices == arrives.indices else {x: (batch, weights.taken, *positions)}
+    return _with_weights(op, weights, inputs, (batch, weights.given, *op.output[2:]))
 
 
 def _with_weights(op: Operator, weights: _Weights, inputs: dict[fx.Node, Region], output: Region) -> Cut:
@@ -122,7 +113,3 @@ def _with_weights(op: Operator, weights: _Weights, inputs: dict[fx.Node, Region]
             inputs = {**inputs, node: cut_to(op.region(node), index)}
     groups = {6 if len(op.node.args) > 6 else "groups": weights.sizes["groups"]} if "groups" in weights.sizes else {}
     return Cut(output, inputs, arguments=groups)
-
-
-def _with(region: Region, dim: int, dimension: Dimension) -> Region:
-    return (*region[:dim], dimension, *region[dim + 1 :])
