@@ -51,6 +51,7 @@ def annotate(program: fx.Graph, modules: Mapping[str, nn.Module], main: Collecti
     for node in program.nodes:
         walk.visit(node, lambda size, node=node: made_by(node, size))  # type: ignore[misc]
         node.meta["full"] = walk.regions.get(node)
+        _check_sizes(walk, node)
         for region in _regions_of(node.meta["full"]):
             walk.needs.join(region)
     for node in weighted:
@@ -67,6 +68,16 @@ def _regions_of(result: Any) -> list[Region]:
     """The regions of a node's results, one or several."""
     several = bool(result) and not isinstance(result[0], Dimension)
     return [r for r in (result if several else [result]) if r]
+
+
+def _check_sizes(walk: "_Walk", node: fx.Node) -> None:
+    """A rule's full result must be what the operator gives; else it does not know this use of the operator."""
+
+    def sizes(result: Any) -> list[list[tuple[int, bool]]]:
+        return [[(d.size, d.batched) for d in region] for region in _regions_of(result)]
+
+    if "dims" in node.meta and sizes(node.meta["full"]) != sizes(node.meta["dims"]):
+        raise refusal(node, kind_name(node, walk.module(node)), "is used in a way that its width rule does not know")
 
 
 def _step_the_stream(walk: "_Walk", projection: fx.Node) -> None:
@@ -154,6 +165,11 @@ class _Walk:
 
     def _check_shared(self, node: fx.Node, cut: Cut) -> None:
         module = self.module(node)
+        if cut.parameters and module is not None:
+            stored = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+            if not stored.issuperset(cut.parameters):
+                why = "computes its weights anew each time, which has no width rule"
+                raise refusal(node, kind_name(node, module), why)
         for name, index in cut.parameters.items():
             kept = [dimension.indices for dimension in index]
             if self.held.setdefault(id(attrgetter(name)(module)), kept) != kept:

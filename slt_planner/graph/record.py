@@ -4,8 +4,9 @@ Unlike symbolic tracing, sizes are numbers while it runs, so a network may compu
 grows with the batch is found by recording twice, with two batch sizes: see `record`.
 """
 
+import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 from unittest import mock
@@ -22,6 +23,13 @@ BATCHES = (3, 7)
 """Two sizes that tell B, B * n and n apart, and in which B // n cannot hide."""
 
 _UNREGISTERED = "uses a tensor that is neither a parameter nor a buffer; register it as a buffer"
+
+# Some of Tensor's methods are functions of another name: x ** 2 is torch._tensor.pow.
+_METHOD_NAMES = {
+    method: name
+    for name in dir(Tensor)
+    if isinstance(method := inspect.getattr_static(Tensor, name), Hashable) and callable(method)
+}
 
 IsLeaf: TypeAlias = Callable[[nn.Module], bool]
 """Whether a module stays whole, one node of the graph, instead of being followed into its forward."""
@@ -63,17 +71,17 @@ def _record_once(skeleton: nn.Module, inputs: Sequence[Tensor], is_leaf: IsLeaf,
             raise
         except NotImplementedError as error:  # what torch says where a value is asked of a meta tensor
             raise UnsupportedLayerError(
-                f"{recorder.place}: what it computes depends on values: {_first_line(error)}"
+                f"{recorder.place}: what it computes depends on values: {first_line(error)}"
             ) from error
         except Exception as error:  # shapes that do not fit surface as whatever the failing operator raises
             if "expected device meta" in str(error):
                 raise UnsupportedLayerError(f"{recorder.place}: {_UNREGISTERED}") from error
             if "meta" in str(error):
                 raise UnsupportedLayerError(
-                    f"{recorder.place}: what it computes depends on values: {_first_line(error)}"
+                    f"{recorder.place}: what it computes depends on values: {first_line(error)}"
                 ) from error
             raise InputError(
-                f"the network does not take inputs of {given}: {recorder.place}: {_first_line(error)}"
+                f"the network does not take inputs of {given}: {recorder.place}: {first_line(error)}"
             ) from error
     recorder.finish(outputs)
     return recorder
@@ -145,8 +153,8 @@ class _Recorder(TorchFunctionMode):
             return
         elif name == "__get__":  # an attribute such as x.T
             self._write("call_function", getattr, (args[0], func.__self__.__name__), {}, result)
-        elif getattr(Tensor, name, None) is func:
-            self._write("call_method", name, args, kwargs, result)
+        elif func in _METHOD_NAMES:
+            self._write("call_method", _METHOD_NAMES[func], args, kwargs, result)
         else:
             self._write("call_function", func, args, kwargs, result)
 
@@ -276,5 +284,6 @@ def where(node: fx.Node) -> str:
     return str(node.meta.get("place", node.name))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from slt_planner.config import Config
-from slt_planner.errors import InputError
+from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.graph.cuts import annotate, cut_program
 from slt_planner.graph.freeze_units import Unit
-from slt_planner.graph.record import record
+from slt_planner.graph.record import first_line, record
 from slt_planner.graph.region import Dimension
 from slt_planner.graph.widths import Cut, is_leaf
 
@@ -190,7 +190,10 @@ def _on_meta(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"))
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except RuntimeError as error:  # torch's word for modules that hold computed tensors, such as old weight norms
+        raise UnsupportedLayerError(f"the network cannot be copied: {first_line(error)}") from error
 
 
 def _constants(model: nn.Module) -> dict[str, Tensor]:

@@ -150,7 +150,8 @@ class Operator:
         """An argument by position (the tensor itself is 0, for methods too) or name."""
         if position < len(self.node.args):
             return self.node.args[position]
-        return self.node.kwargs.get(name, default)
+        alias = {"dim": "axis", "keepdim": "keepdims"}.get(name, name)
+        return self.node.kwargs.get(name, self.node.kwargs.get(alias, default))
 
     def region(self, argument: Any) -> Region:
         """What comes of an argument that is a tensor."""

@@ -234,9 +234,7 @@ class _Values:
     def __init__(self, graph: ModelGraph, indices: Mapping[str, Index], state: Mapping[str, Tensor] | None) -> None:
         self._graph, self._indices, self._state = graph, indices, state
         self._made: dict[str, Tensor] = {}
-        self._random = torch.Generator().manual_seed(
-            0
-        )  # a detector's shapes depend on made-up values too
+        self._random = torch.Generator().manual_seed(0)  # a detector's shapes depend on made-up values too
 
     def of(self, fqn: str) -> Tensor:
         """A tensor's kept part; the same object every time, so that what is shared stays shared."""

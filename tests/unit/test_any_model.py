@@ -93,6 +93,16 @@ def test_a_depthwise_convolution_follows_its_producer_and_is_no_unit():
     assert with_by_hand(network, by_hand, HALF).depth == 1
 
 
+def test_gated_halves_keep_the_same_channels_of_both():
+    network = Net(lambda n, x: n.fc(pooled(F.glu(n.a(x), 1))), a=conv(3, 12), fc=nn.Linear(6, 5))
+
+    def by_hand(w, x):
+        x = F.conv2d(x, w["a.weight"][[0, 1, 2, 6, 7, 8]])
+        return F.linear(pooled(x[:, :3] * torch.sigmoid(x[:, 3:])), w["fc.weight"][:, :3], w["fc.bias"])
+
+    with_by_hand(network, by_hand, HALF)
+
+
 def test_transposed_convolutions():
     network = Net(
         lambda n, x: n.fc(pooled(n.up(n.a(x)))),
@@ -328,6 +338,46 @@ def test_tied_weights_are_one_parameter_and_come_back_under_both_names():
     assert torch.equal(merged["a.weight"], merged["b.weight"])
     torch.testing.assert_close(merged["a.weight"][:4], network.a.weight[:4] + 1)
     assert torch.equal(merged["a.weight"][4:], network.a.weight[4:])
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda n, x: x.mean(axis=(2, 3)),
+        lambda n, x: x.flip(2, 3).roll(1, dims=2).sum((2, 3)),
+        lambda n, x: torch.var_mean(x, dim=(2, 3))[1],
+        lambda n, x: F.pad(x, (1, 1)).amax(dim=(-2, -1)),
+        lambda n, x: torch.einsum("nchw,nchw->nc", x, x),
+        lambda n, x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2).mean((2, 3)),
+        lambda n, x: (x[:, :, 1:3, None, 0] ** 2).mean((2, 3)),
+        lambda n, x: x.select(2, 0).narrow(2, 0, 2).sum(-1),
+        lambda n, x: x.contiguous().view(len(x), 8, -1).max(dim=-1).values,
+        lambda n, x: torch.stack([x, x.clamp(min=0)], 2).mean((2, 3, 4)),
+        lambda n, x: pooled(torch.where(x > 0, x, x * 0.1)),
+        lambda n, x: pooled(F.pixel_shuffle(torch.cat([x, x, x, x], 1), 2)),
+        lambda n, x: pooled(x.chunk(2, 1)[0].repeat(1, 2, 1, 1)),
+    ],
+)
+def test_everyday_operators_between_a_convolution_and_a_classifier(work):
+    """What comes to the classifier is what the narrow network built by hand gives it, entry by entry."""
+    network = Net(lambda n, x: n.fc(work(n, n.a(x))), a=conv(3, 8), fc=nn.Linear(8, 5)).double()
+    try:
+        graph = trace(network, (3, 6, 6))
+    except UnsupportedLayerError:
+        pytest.skip("told, not guessed")
+    images = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    for scale in graph.head_scales(0)[:-1]:
+        config = Config(freeze_depth=0, full_depth=0, head_scale=scale)
+        sub = extract(graph, network, config)
+        kept = list(tensor_indices(graph, config)["fc.weight"][1].indices)
+        full = work(network, network.a(images))
+        narrow = copy.deepcopy(network)
+        with torch.no_grad():  # channels that are left out, as if they were zero
+            made = tensor_indices(graph, config)["a.weight"][0].indices
+            narrow.a.weight[[i for i in range(8) if i not in made]] = 0
+        expected = F.linear(work(narrow, narrow.a(images))[:, kept], network.fc.weight[:, kept], network.fc.bias)
+        assert full.shape[1] >= len(kept)
+        torch.testing.assert_close(sub(images), expected)
 
 
 class AuxiliaryHead(nn.Module):

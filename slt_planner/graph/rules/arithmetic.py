@@ -11,6 +11,7 @@ from slt_planner.graph.widths import Cut, Operator, rule
 _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Identity),
+    *(nn.Threshold, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Softmax, nn.LogSoftmax),
 )
 
@@ -65,7 +66,24 @@ def broadcast(output: Region, tensors: dict[fx.Node, Region]) -> tuple[Region, d
     return tuple(result), taken
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "std", "var", "norm", "logsumexp", "all", "any")
+@rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "std",
+    "var",
+    "norm",
+    "logsumexp",
+    "all",
+    "any",
+    "prod",
+)
+@rule("var_mean", "std_mean")
 def _reduction(op: Operator) -> Cut:
     """Reduced dimensions go (or become 1); a second tensor instead of dimensions makes it an operator of entries."""
     region = op.region(op.argument(0, "input"))

@@ -14,7 +14,9 @@ from slt_planner.graph.widths import Cut, Operator, rule
 _POOLS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool2d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d, nn.Upsample),
-    *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d),
+    *(nn.ConstantPad1d, nn.ConstantPad2d, nn.CircularPad1d, nn.CircularPad2d),
 )
 
 
@@ -27,11 +29,20 @@ def _positions_change(op: Operator) -> Cut:
     region = op.region(op.argument(0, "input"))
     moved = [i for i, (d, full) in enumerate(zip(region, op.output, strict=True)) if d.size != full.size]
     if op.module is None and op.name in ("roll", "flip", "cumsum"):
-        dims = op.argument(2, "dims") if op.name == "roll" else op.argument(1, "dims", op.node.kwargs.get("dim"))
-        moved += [d % len(region) for d in as_tuple(dims)]
+        moved += [d % len(region) for d in _moved_along(op)]
     if not all(region[i].whole for i in moved):
         raise op.refused("over a dimension that a head scale cuts has no width rule")
     return Cut(tuple(full if i in moved else d for i, (d, full) in enumerate(zip(region, op.output, strict=True))))
+
+
+def _moved_along(op: Operator) -> tuple[int, ...]:
+    if op.name == "flip":
+        flipped: Any = op.node.kwargs.get("dims", op.node.args[1:])
+        return as_tuple(flipped[0]) if len(flipped) == 1 else tuple(flipped)
+    dims = op.argument(2, "dims") if op.name == "roll" else op.argument(1, "dim")
+    if dims is None:
+        raise op.refused("of all dimensions at once has no width rule")
+    return as_tuple(dims)
 
 
 @rule(nn.Flatten, nn.Unflatten, "flatten", "unsqueeze", "squeeze", "reshape", "view", "unflatten", "view_as")
@@ -40,6 +51,8 @@ def reshape(op: Operator) -> Cut:
     """The same entries in another shape."""
     x = op.argument(0, "input")
     region = op.region(x)
+    if any(isinstance(argument, torch.dtype) for argument in op.node.args):
+        raise op.refused("as another type has no width rule")
     try:
         taken, output, splits = reshaped(region, op.output)
     except ValueError as error:
@@ -177,10 +190,9 @@ def _split(op: Operator) -> Cut:
     dim = op.argument(2, "dim", 0) % len(region)
     channels, sizes = region[dim], [piece[dim].size for piece in results]
     equal = len(set(sizes)) == 1
-    if equal and channels.axis is not None:
-        op.needs.split(Split(channels.axis, (len(sizes), sizes[0])))
-        op.needs.whole(Dimension(len(sizes), axis=replace(channels.axis, stride=channels.axis.stride * sizes[0])))
-    elif not equal:
+    if equal:
+        _need_equal_parts(op, channels, len(sizes))
+    else:
         op.needs.whole(channels)
     taken, pieces = _pieces(op, channels, sizes)
     axis = channels.axis if equal else None
@@ -209,6 +221,27 @@ def _pieces(op: Operator, channels: Dimension, sizes: list[int]) -> tuple[Dimens
     if not all(kept):
         raise op.refused("leaves a piece without channels at this head scale")
     return channels, [Dimension(size).keeping(piece) for size, piece in zip(sizes, kept, strict=True)]
+
+
+@rule(nn.GLU, "glu")
+def _gated_halves(op: Operator) -> Cut:
+    """The first half gated by the second: of both the same channels."""
+    x = op.argument(0, "input")
+    region = op.region(x)
+    dim = (op.module.dim if op.module is not None else op.argument(1, "dim", -1)) % len(region)
+    channels, half = region[dim], region[dim].size // 2
+    _need_equal_parts(op, channels, 2)
+    taken, (piece, _) = _pieces(op, channels, [half, half])
+    output = (*region[:dim], replace(piece, axis=channels.axis), *region[dim + 1 :])
+    return Cut(output, {x: (*region[:dim], taken, *region[dim + 1 :])} if taken.indices != channels.indices else {})
+
+
+def _need_equal_parts(op: Operator, channels: Dimension, parts: int) -> None:
+    """Channels that are taken apart in equal parts must come with the same entries in every part."""
+    if channels.axis is not None:
+        size = channels.size // parts
+        op.needs.split(Split(channels.axis, (parts, size)))
+        op.needs.whole(Dimension(parts, axis=replace(channels.axis, stride=channels.axis.stride * size)))
 
 
 @rule("unbind")
