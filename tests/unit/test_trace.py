@@ -5,7 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from slt_planner.config import Config
 from slt_planner.errors import InputError, UnsupportedLayerError
@@ -154,6 +156,13 @@ def without_gradients(body, x):
         ),
         (Body(lambda body, x: x[: len(x) // 2]), (3, 8, 8), "depends on the batch size, and not in proportion"),
         (Body(lambda body, x: x / (1 / len(x))), (3, 8, 8), "depends on the batch size"),
+        (
+            Body(lambda body, x: F.pixel_shuffle(torch.cat([x] * 4, 1), 2)),
+            (3, 8, 8),
+            "a part of the channels of one pixel",
+        ),
+        (Body(lambda body, x: x.chunk(2, 1)[0].repeat(1, 2, 1, 1)), (3, 8, 8), "repeat along a dimension"),
+        (nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 3))), (3, 8, 8), "computes its weights anew each time"),
         (Body(without_gradients), (3, 8, 8), "switches gradients on or off"),
         (
             Body(lambda body, x: x.transpose(0, 1).reshape(-1, 1, 6, 6).expand(-1, 8, 6, 6)),
