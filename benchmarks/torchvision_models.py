@@ -9,8 +9,10 @@ backbone) and run whole. Run with ``python benchmarks/torchvision_models.py [NAM
 import argparse
 import copy
 import json
+import multiprocessing
 import random
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -127,15 +129,19 @@ def examine(name: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="networks; all by default, and only then is the result written")
-    names = parser.parse_args().names
-    rows = []
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    arguments = parser.parse_args()
+    names = arguments.names
     refused = torchvision.models.list_models(module=torchvision.models.optical_flow)
-    for name in names or [*torchvision_names(), *refused]:
-        rows.append(examine(name))
-        print(json.dumps(rows[-1]), flush=True)
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for row in pool.map(examine, names or [*torchvision_names(), *refused]):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     print(f"{sum(bool(row['right']) for row in rows)} of {len(rows)} right")
     if not names:
-        result = {"environment": environment(torch.get_num_threads()), "batch_size": 2, "rows": rows}
+        result = {"environment": environment(threads=1), "batch_size": 2, "rows": rows}
         write_text(RESULT, json.dumps(result, indent=1) + "\n", force=True)
 
 

@@ -1,18 +1,18 @@
 """The cut around every operator of a network under a configuration: the rules, applied in the program's order."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import fx, nn
 
 from slt_planner.config import Config
 from slt_planner.errors import InputError
-from slt_planner.graph import rules  # noqa: F401 - importing registers them
-from slt_planner.graph.freeze_units import Unit, assign_units
+from slt_planner.graph.freeze_units import Unit, assign_units, weights_name
 from slt_planner.graph.region import Dimension, Region, is_whole, reshaped
-from slt_planner.graph.rules.shapes import permutation
+from slt_planner.graph.rules import arithmetic, shapes
 from slt_planner.graph.widths import (
     Cut,
     Layout,
@@ -29,8 +29,12 @@ from slt_planner.graph.widths import (
 _UNUSED_KEEP: Callable[[int], Dimension] = Dimension
 
 
-def annotate(program: fx.Graph, modules: Mapping[str, nn.Module], main: Collection[fx.Node]) -> tuple[Unit, ...]:
+def annotate(
+    program: fx.Graph, modules: Mapping[str, nn.Module], main: Collection[fx.Node], trained: fx.Graph | None = None
+) -> tuple[Unit, ...]:
     """Write on every node what the rules need to know, once a graph; gives the freeze units.
+
+    Evaluation mode takes the units and the steps of widths over from `trained`, the graph of training mode.
 
     Nodes get ``meta``: ``data`` (depends on the inputs), ``unit``, ``freezes`` and ``auxiliary`` (see `assign_units`),
     ``full`` (what it gives at full width, with axes), and weight-bearing ones ``layout``.
@@ -40,13 +44,19 @@ def annotate(program: fx.Graph, modules: Mapping[str, nn.Module], main: Collecti
     """
     for node in program.nodes:
         inputs = [x for x in node.all_input_nodes if "dims" in x.meta]
-        made_here = node.op == "call_method" and str(node.target).startswith("new_")
-        node.meta["data"] = node.op == "placeholder" or (not made_here and any(x.meta["data"] for x in inputs))
+        name = kind_of(node, None) if node.op in ("call_method", "call_function") else ""
+        made_here = name.startswith("new_") or name.endswith("_like")  # of another tensor's shape alone
+        computed = "dims" in node.meta and not made_here and any(x.meta["data"] for x in inputs)
+        node.meta["data"] = node.op in ("placeholder", "output") or computed  # numbers made of the batch size are not
         node.meta.setdefault("auxiliary", False)
+    calls = Counter(node.target for node in program.nodes if node.op == "call_module")
+    for node in program.nodes:
+        node.meta["reused"] = calls[node.target] > 1
     walk = _Walk(program, modules)
     weighted = [node for node in program.nodes if node.meta["data"] and _bears_weights(walk, node)]
     _note_twins(walk, weighted)
-    units = assign_units(program, modules, weighted, main)
+    known = None if trained is None else {weights_name(n): n for n in trained.nodes if "layout" in n.meta}
+    units = assign_units(program, modules, weighted, main, known)
     whole = _gives_outputs(program, weighted, main)
     for node in program.nodes:
         walk.visit(node, lambda size, node=node: made_by(node, size))  # type: ignore[misc]
@@ -58,6 +68,9 @@ def annotate(program: fx.Graph, modules: Mapping[str, nn.Module], main: Collecti
         if node.meta.get("projects"):
             _step_the_stream(walk, node)
     for node in weighted:
+        if known is not None:
+            node.meta["layout"] = known[weights_name(node)].meta["layout"]
+            continue
         size = _made_size(node)
         fixed = node in whole or node.meta["auxiliary"] or node.meta["unit"] > len(units)
         node.meta["layout"] = Layout(size, 1, 1) if fixed else walk.needs.layout(node.meta["twin"].name, size)
@@ -126,6 +139,7 @@ def _walk_head(
     for node in program.nodes:
         if node.meta["unit"] <= config.full_depth or "full" not in node.meta:
             walk.regions[node] = node.meta.get("full")
+            walk.hold_whole(node)
         else:
             walk.visit(node, walk.keep(node, config.head_scale))
     return walk
@@ -141,7 +155,7 @@ class _Walk:
     regions: dict[fx.Node, Any] = field(default_factory=dict)
     cuts: dict[fx.Node, Cut] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
-    held: dict[int, list[Sequence[int]]] = field(default_factory=dict)
+    held: dict[int, list[Sequence[int]] | None] = field(default_factory=dict)
 
     def operator(self, node: fx.Node, keep: Callable[[int], Dimension] = _UNUSED_KEEP) -> Operator:
         """A node as its rule sees it."""
@@ -157,11 +171,16 @@ class _Walk:
             self.regions[node] = self.stored.get(node, node.meta["dims"])
             if not is_whole(self.regions[node]):
                 self.cuts[node] = Cut(self.regions[node])
-        elif node.op != "output" and ("dims" in node.meta or kind_of(node, self.module(node)) == "setitem"):
+        elif node.op != "output" and "dims" in node.meta:
             cut = rule_of(node, self.module(node))(self.operator(node, keep))
             self._check_shared(node, cut)
             self.cuts[node] = cut
             self.regions[node] = cut.output
+
+    def hold_whole(self, node: fx.Node) -> None:
+        """The node's own weights are whole; where another node uses them again, they stay so."""
+        if node.op == "call_module" and node.meta["reused"]:
+            self.held |= {id(p): None for p in self.modules[str(node.target)].parameters()}
 
     def _check_shared(self, node: fx.Node, cut: Cut) -> None:
         module = self.module(node)
@@ -171,7 +190,7 @@ class _Walk:
                 why = "computes its weights anew each time, which has no width rule"
                 raise refusal(node, kind_name(node, module), why)
         for name, index in cut.parameters.items():
-            kept = [dimension.indices for dimension in index]
+            kept = None if is_whole(index) else [dimension.indices for dimension in index]
             if self.held.setdefault(id(attrgetter(name)(module)), kept) != kept:
                 raise refusal(node, kind_name(node, module), "is used more than once, at different widths")
 
@@ -221,49 +240,85 @@ def _pulled_back(walk: _Walk) -> dict[fx.Node, Region]:
 
     From what operators take of tensors that do not depend on the inputs, back to the parameters these come from.
     """
-    wanted: dict[fx.Node, Region] = {}
+    wishes: dict[fx.Node, Wish] = {}
     for cut in walk.cuts.values():
         for source, taken in cut.inputs.items():
-            if not source.meta["data"] and (source not in wanted or _entries(taken) > _entries(wanted[source])):
-                wanted[source] = taken
+            if not source.meta["data"]:
+                _add_wish(wishes, source, taken)
     stored: dict[fx.Node, Region] = {}
     for node in reversed(walk.program.nodes):
-        if node in wanted and not is_whole(wanted[node]):
-            _pull(walk, node, wanted, stored)
-    return stored
+        wish = wishes.get(node)
+        if wish is None:
+            continue
+        if node.op == "get_attr" or kind_of(node, walk.module(node)) in (nn.Linear, "linear"):
+            full = node.meta["dims"]
+            stored[node] = tuple(d if w is None else d.keeping(w.indices) for d, w in zip(full, wish, strict=True))
+        else:
+            for source, part in _wishes_before(walk, node, wish):
+                if not source.meta["data"]:
+                    _add_wish(wishes, source, part)
+    return {node: region for node, region in stored.items() if not is_whole(region)}
 
 
-def _entries(region: Region) -> int:
-    total = 1
-    for dimension in region:
-        total *= dimension.width
-    return total
+Wish: TypeAlias = tuple[Dimension | None, ...]
+"""What is wanted of each dimension of a stored tensor; None where nothing is known."""
 
 
-def _pull(walk: _Walk, node: fx.Node, wanted: dict[fx.Node, Region], stored: dict[fx.Node, Region]) -> None:
-    """One step back: what the node's own inputs need keep so that it gives `wanted`; unknown steps stay whole."""
-    region = wanted[node]
-    if node.op == "get_attr":
-        stored[node] = tuple(Dimension(d.size, d.kept) for d in region)
-        return
-    kind, module = kind_of(node, walk.module(node)), walk.module(node)
+def _add_wish(wishes: dict[fx.Node, Wish], node: fx.Node, wish: Wish) -> None:
+    """Where several use a tensor, the largest wish holds."""
+
+    def larger(one: Dimension | None, other: Dimension | None) -> Dimension | None:
+        return max((d for d in (one, other) if d is not None), key=lambda d: d.width, default=None)
+
+    known = wishes.get(node, (None,) * len(wish))
+    wishes[node] = tuple(larger(a, b) for a, b in zip(known, wish, strict=True))
+
+
+def _wishes_before(walk: _Walk, node: fx.Node, wish: Wish) -> list[tuple[fx.Node, Wish]]:
+    """One step back: what the node's own inputs must keep so that it gives what is wanted."""
     inputs = [x for x in node.all_input_nodes if "dims" in x.meta]
-    if kind in (nn.Linear, "linear"):
-        stored[node] = region
-        return
-    if kind in ("permute", "transpose"):
-        places = permutation(walk.operator(node), len(region))
-        wanted[inputs[0]] = tuple(region[places.index(i)] for i in range(len(region)))
-    elif kind in ("view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten"):
-        _, back, _ = reshaped(tuple(Dimension(d.size, d.kept, d.batched) for d in region), inputs[0].meta["dims"])
-        wanted[inputs[0]] = back
-    elif kind == "getitem" and len(inputs) == 2:  # a table of vectors, read by a tensor of numbers
-        rest = inputs[0].meta["dims"][1:]
-        wanted[inputs[0]] = (inputs[0].meta["dims"][0], *region[len(region) - len(rest) :])
-    elif len(inputs) >= 1 and module is None and kind not in ("stack", "matmul", "getitem"):
-        for source in inputs:
-            full = source.meta["dims"]
-            aligned = region[len(region) - len(full) :]
-            wanted[source] = tuple(a if a.size == d.size else d for a, d in zip(aligned, full, strict=True))
-    elif module is not None and len(inputs) == 1 and inputs[0].meta["dims"] == node.meta["dims"]:
-        wanted[inputs[0]] = region
+    if not inputs:
+        return []
+    kind, first = kind_of(node, walk.module(node)), inputs[0]
+    rule = rule_of(node, walk.module(node))
+    if rule is shapes.permute:
+        places = shapes.permutation(walk.operator(node), len(wish))
+        return [(first, tuple(wish[places.index(i)] for i in range(len(wish))))]
+    if rule is shapes.reshape:
+        region = tuple(d if w is None else d.keeping(w.indices) for d, w in zip(node.meta["dims"], wish, strict=True))
+        _, back, _ = reshaped(tuple(replace(d, axis=None) for d in region), first.meta["dims"])
+        return [(first, back)]
+    if kind == "getitem":
+        return [(first, _wish_before_indexing(node, first, inputs, wish))]
+    if rule is arithmetic.entry_by_entry or kind in ("expand", "expand_as", "cat", "repeat_interleave"):
+        return [(source, _aligned(source, wish)) for source in inputs]
+    return []
+
+
+def _aligned(source: fx.Node, wish: Wish) -> Wish:
+    """A wish for a broadcast result, as one for what is broadcast: dimensions count from the last."""
+    full = source.meta["dims"]
+    aligned = wish[len(wish) - len(full) :]
+    return tuple(w if w is not None and w.size == d.size else None for w, d in zip(aligned, full, strict=True))
+
+
+def _wish_before_indexing(node: fx.Node, source: fx.Node, inputs: list[fx.Node], wish: Wish) -> Wish:
+    """Whole slices and new dimensions pass a wish on; a table read by a tensor of numbers passes on its rows' width."""
+    full = source.meta["dims"]
+    if len(inputs) == 2:
+        return (None, *wish[len(wish) - len(full) + 1 :])
+    items = node.args[1] if isinstance(node.args[1], (tuple, list)) else (node.args[1],)
+    if Ellipsis in items:
+        return (None,) * len(full)
+    before: list[Dimension | None] = []
+    place = 0
+    for item in items:
+        if item is None:
+            place += 1
+        elif isinstance(item, slice):
+            wanted = wish[place]
+            before.append(wanted if wanted is not None and wanted.size == full[len(before)].size else None)
+            place += 1
+        else:
+            before.append(None)
+    return (*before, *wish[place:])

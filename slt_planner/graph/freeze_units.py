@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import fx, nn
 
 from slt_planner.errors import UnsupportedLayerError
-from slt_planner.graph.record import where
+from slt_planner.graph.record import WHOLE, where
 from slt_planner.graph.widths import kind_name, kind_of
 
 Kinds: TypeAlias = Callable[[fx.Node], object]
@@ -28,7 +28,11 @@ class Unit:
 
 
 def assign_units(
-    program: fx.Graph, modules: Mapping[str, nn.Module], weighted: Collection[fx.Node], main: Collection[fx.Node]
+    program: fx.Graph,
+    modules: Mapping[str, nn.Module],
+    weighted: Collection[fx.Node],
+    main: Collection[fx.Node],
+    trained: Mapping[str, fx.Node] | None = None,
 ) -> tuple[Unit, ...]:
     """Write ``meta["unit"]`` (whose width a node has) and ``meta["freezes"]`` (with which unit) on every node.
 
@@ -43,6 +47,11 @@ def assign_units(
         modules: the skeleton's modules by fqn.
         weighted: its weight-bearing nodes.
         main: the nodes of the main outputs.
+        trained: for evaluation mode, the weight-bearing nodes of training mode by the name of their weights; their
+            units hold in both modes.
+
+    Raises:
+        UnsupportedLayerError: weights are used again on what they gave, or in evaluation mode alone.
     """
 
     def kinds(node: fx.Node) -> object:
@@ -56,13 +65,16 @@ def assign_units(
     bearing = [node for node in program.nodes if node in weighted and node in needed and node not in gates]
     classifiers = _without_followers(program, set(bearing))
     leader = _merged(program, bearing, classifiers, kinds)
+    if trained is not None:
+        _take_over_units(program, weighted, trained)
+        return ()
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in bearing:
         if node not in classifiers:
             groups.setdefault(leader[node], []).append(node)
     ordered = sorted(groups.values(), key=lambda group: max(order[node] for node in group))
     index_of = {node: i for i, group in enumerate(ordered, start=1) for node in group}
-    _write_units(program, index_of, classifiers, len(ordered))
+    _write_units(program, index_of | dict.fromkeys(classifiers, len(ordered) + 1))
     depth_of = _weighted_depth(program, set(bearing))
     return tuple(
         _unit(i, max(group, key=lambda node: (depth_of[node], order[node])), program, modules)
@@ -75,13 +87,27 @@ def output_nodes(program: fx.Graph) -> set[fx.Node]:
     return set(next(node for node in reversed(program.nodes) if node.op == "output").all_input_nodes)
 
 
-def _write_units(
-    program: fx.Graph, index_of: Mapping[fx.Node, int], classifiers: Collection[fx.Node], depth: int
-) -> None:
+def weights_name(node: fx.Node) -> str:
+    """What a weight-bearing node's weights are known by: its module's fqn, or its first stored tensor's."""
+    if node.op == "call_module":
+        return str(node.target)
+    stored = [x for x in node.all_input_nodes if not x.meta["data"]]
+    while stored and stored[0].op != "get_attr":
+        stored = [x for x in stored[0].all_input_nodes if not x.meta["data"]]
+    return str(stored[0].target) if stored else node.name
+
+
+def _take_over_units(program: fx.Graph, weighted: Collection[fx.Node], trained: Mapping[str, fx.Node]) -> None:
+    for node in weighted:
+        if weights_name(node) not in trained:
+            raise UnsupportedLayerError(f"{where(node)}: is used in evaluation mode and not in training")
+    _write_units(program, {node: trained[weights_name(node)].meta["unit"] for node in weighted})
+
+
+def _write_units(program: fx.Graph, index_of: Mapping[fx.Node, int]) -> None:
     for node in program.nodes:
         before = [x.meta["unit"] for x in node.all_input_nodes if x.meta["data"]]
-        own = depth + 1 if node in classifiers else index_of.get(node, 0)
-        node.meta["unit"] = node.meta["freezes"] = max([own, *before])
+        node.meta["unit"] = node.meta["freezes"] = max([index_of.get(node, 0), *before])
     for node in program.nodes:
         if node.meta["data"] and node.op not in ("placeholder", "output"):
             node.meta["unit"] = node.meta["freezes"] = max(1, node.meta["unit"])
@@ -98,7 +124,7 @@ def _unit(index: int, main: fx.Node, program: fx.Graph, modules: Mapping[str, nn
     dims = dims[0] if dims and isinstance(dims[0], tuple) else dims
     return Unit(
         index=index,
-        name=where(main),
+        name=where(main) if where(main) != WHOLE else weights_name(main).removesuffix(".weight"),
         kind=kind_name(main, module),
         output_shape=tuple(d.size for i, d in enumerate(dims) if i > 0 or d.size > 1),
         modules=tuple(dict.fromkeys(members)),
@@ -136,10 +162,16 @@ def _gates(program: fx.Graph, weighted: Collection[fx.Node], kinds: Kinds) -> se
         for gated, gate in (_data_inputs(product), _data_inputs(product)[::-1]):
             between = _between(gated, gate)
             bearing = [node for node in between or () if node in weighted]
-            if bearing and _entries(gate) < _entries(gated):
+            if bearing and _entries(_before_expansion(gate, kinds)) < _entries(gated):
                 found.update(bearing)
                 max(bearing, key=order.__getitem__).meta["gates"] = gated
     return found
+
+
+def _before_expansion(node: fx.Node, kinds: Kinds) -> fx.Node:
+    while kinds(node) in ("expand", "expand_as", "broadcast_to"):
+        node = _data_inputs(node)[0]
+    return node
 
 
 def _between(start: fx.Node, end: fx.Node) -> set[fx.Node] | None:
@@ -161,6 +193,10 @@ def _data_inputs(node: fx.Node) -> list[fx.Node]:
     return [x for x in node.all_input_nodes if x.meta["data"]]
 
 
+def _data_users(node: fx.Node) -> list[fx.Node]:
+    return [x for x in node.users if x.meta["data"]]
+
+
 def _entries(node: fx.Node) -> int:
     size = 1
     for dimension in node.meta["dims"]:
@@ -169,7 +205,7 @@ def _entries(node: fx.Node) -> int:
 
 
 _MERGING = {"add", "mul", "sub"}
-_MIXING = {"matmul", "bmm", "scaled_dot_product_attention"}
+_MIXING = {"matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 
 
 def _merged(
@@ -199,16 +235,17 @@ def _merged(
         if kinds(node) in _MERGING and len(inputs) > 1:
             merge(p for p in (_sole_producer(x, leader) for x in inputs) if p is not None)
         elif kinds(node) in _MIXING and len(inputs) > 1:
-            projections = {p for x in inputs for p in _projections(x, leader)}
+            projections = {p for x in inputs for p in _projections(x, leader, kinds)}
             for projection in projections:
                 projection.meta["projects"] = True
-            merge(projections | _next_bearing(node, leader))
+            if projections:
+                merge(projections | _next_bearing(node, leader))
     return leader
 
 
 def _sole_producer(node: fx.Node, bearing: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
     """The weight-bearing node that a value comes from, if nothing else uses what lies between."""
-    while len(node.users) == 1:
+    while len(_data_users(node)) == 1:
         if node in bearing:
             return node
         if len(_data_inputs(node)) != 1:
@@ -217,17 +254,28 @@ def _sole_producer(node: fx.Node, bearing: Mapping[fx.Node, fx.Node]) -> fx.Node
     return None
 
 
-def _projections(node: fx.Node, bearing: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
-    """The weight-bearing nodes that an attention's queries, keys or values come from, whoever else uses them."""
+def _projections(node: fx.Node, bearing: Mapping[fx.Node, fx.Node], kinds: Kinds) -> set[fx.Node]:
+    """The weight-bearing nodes that make an attention's queries, keys or values, and nothing else."""
     if node in bearing:
-        return {node}
-    return {found for x in _data_inputs(node) for found in _projections(x, bearing)} if _data_inputs(node) else set()
+        return {node} if _only_mixed(node, bearing, kinds) else set()
+    found = [_projections(x, bearing, kinds) for x in _data_inputs(node)]
+    several = set().union(*found)
+    return several if len(several) == 1 or len(found) == 1 or kinds(node) in _MIXING else set()
+
+
+def _only_mixed(node: fx.Node, bearing: Mapping[fx.Node, fx.Node], kinds: Kinds) -> bool:
+    """Whether all that a node gives goes into products of two computed tensors before any other weights."""
+    for user in _data_users(node):
+        mixes = kinds(user) in _MIXING and len(_data_inputs(user)) > 1
+        if user in bearing or user.op == "output" or not (mixes or _only_mixed(user, bearing, kinds)):
+            return False
+    return bool(node.users)
 
 
 def _next_bearing(node: fx.Node, bearing: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
     """The weight-bearing node that an attention's result goes to next, if it goes nowhere else."""
-    while len(node.users) == 1:
-        (node,) = node.users
+    while len(_data_users(node)) == 1:
+        (node,) = _data_users(node)
         if node in bearing:
             return {node}
     return set()

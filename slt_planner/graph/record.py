@@ -7,10 +7,11 @@ grows with the batch is found by recording twice, with two batch sizes: see `rec
 import inspect
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,7 @@ from slt_planner.graph.region import Dimension
 BATCHES = (3, 7)
 """Two sizes that tell B, B * n and n apart, and in which B // n cannot hide."""
 
+WHOLE = "the network"
 _UNREGISTERED = "uses a tensor that is neither a parameter nor a buffer; register it as a buffer"
 
 # Some of Tensor's methods are functions of another name: x ** 2 is torch._tensor.pow.
@@ -30,6 +32,14 @@ _METHOD_NAMES = {
     for name in dir(Tensor)
     if isinstance(method := inspect.getattr_static(Tensor, name), Hashable) and callable(method)
 }
+
+# What is no call of a torch function with a result, and would be lost in a recording.
+_UNSEEN = {"_set_grad_enabled": "switches gradients on or off", "register_hook": "puts a hook on a tensor"}
+_NOT_CALLS: tuple[tuple[Any, str, str], ...] = (
+    (torch.autocast, "__enter__", "computes in another precision by itself (autocast)"),
+    (torch.autograd.Function, "apply", "has a backward of its own (torch.autograd.Function)"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "changes what is saved for backward (checkpointing)"),
+)
 
 IsLeaf: TypeAlias = Callable[[nn.Module], bool]
 """Whether a module stays whole, one node of the graph, instead of being followed into its forward."""
@@ -94,7 +104,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.graph = fx.Graph()
         self.structure: pytree.TreeSpec
-        self.place = "the network"
+        self.place = WHOLE
         self._is_leaf = is_leaf
         self._inside_leaf = False
         self._device: fx.Node | None = None
@@ -122,7 +132,7 @@ class _Recorder(TorchFunctionMode):
             name = recorder._names.get(id(module))
             if recorder._inside_leaf or name is None:
                 return plain_call(module, *args, **kwargs)
-            before, recorder.place = recorder.place, name or "the network"
+            before, recorder.place = recorder.place, name or WHOLE
             if not recorder._is_leaf(module):
                 result = plain_call(module, *args, **kwargs)
             else:
@@ -135,20 +145,34 @@ class _Recorder(TorchFunctionMode):
             recorder.place = before  # not restored after an error, which is told with its place
             return result
 
-        with mock.patch.object(nn.Module, "__call__", call):
+        def refuse(what: str) -> Callable[..., Any]:
+            def refused(*args: Any, **kwargs: Any) -> Any:
+                raise UnsupportedLayerError(f"{recorder.place}: {what}, which a plan cannot follow")
+
+            return refused
+
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(nn.Module, "__call__", call))
+            for owner, attribute, what in _NOT_CALLS:
+                patches.enter_context(mock.patch.object(owner, attribute, refuse(what)))
             yield
 
     def finish(self, outputs: Any) -> None:
         """Write the output node: a tuple of all tensors in the outputs, in order; others are kept as they are."""
         leaves, self.structure = pytree.tree_flatten(outputs)
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, int, float, str, type(None))):
+                raise UnsupportedLayerError(
+                    f"the network gives {type(leaf).__name__}; give tensors, or tuples, lists and dicts of them"
+                )
         self.graph.output(tuple(self._argument(leaf) for leaf in leaves))
 
     def _write_call(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = getattr(func, "__name__", "")
-        if name == "_set_grad_enabled":
-            raise UnsupportedLayerError(f"{self.place}: switches gradients on or off, which a plan cannot follow")
+        if name in _UNSEEN:
+            raise UnsupportedLayerError(f"{self.place}: {_UNSEEN[name]}, which a plan cannot follow")
         if name == "__setitem__":
-            self.graph.call_function(operator.setitem, self._arguments(args), self._arguments(kwargs))
+            self._write("call_function", assigned, args, kwargs, args[0])
         elif not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             return
         elif name == "__get__":  # an attribute such as x.T
@@ -186,7 +210,7 @@ class _Recorder(TorchFunctionMode):
             return self._node_of[id(value)]
         if isinstance(value, torch.device) and value.type == "meta":
             return self._device_node()
-        return value
+        return value.item() if isinstance(value, np.generic) else value
 
     def _stored_tensor(self, value: Tensor) -> fx.Node:
         if id(value) not in self._stored:
@@ -271,6 +295,12 @@ def _dimension(one: int, other: int, node: fx.Node) -> Dimension:
     if constant:
         raise UnsupportedLayerError(f"{where(node)}: a dimension is the batch size plus {constant}")
     return Dimension(factor, batched=True)
+
+
+def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
+    """x[index] = value, as an expression."""
+    x[index] = value
+    return x
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:

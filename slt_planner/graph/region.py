@@ -17,11 +17,16 @@ _ANY_BATCH = 1_000_003  # stands for the batch size where sizes are multiplied: 
 class Axis:
     """Where a dimension's width comes from: the weight-bearing operators (by node name) whose outputs it counts.
 
-    One step along the dimension is `stride` steps along their outputs.
+    One step along the dimension is `stride` steps along their outputs. Channels that were put together from several
+    have no makers; positions have no axis at all.
     """
 
     makers: frozenset[str]
     stride: int = 1
+
+
+MIXED = Axis(frozenset())
+"""Channels without one maker."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class Dimension:
     def keeping(self, indices: Iterable[int]) -> "Dimension":
         """The same dimension with other entries kept."""
         return replace(self, kept=_normal(self.size, indices))
+
+    def unmade(self, like: "Dimension") -> "Dimension":
+        """The same dimension as channels without one maker, where `like` are channels."""
+        return self if like.axis is None else replace(self, axis=MIXED)
 
     def uncut(self) -> "Dimension":
         """The same dimension with all entries."""
@@ -98,7 +107,7 @@ def _same_axis(one: Axis | None, other: Axis | None) -> Axis | None:
     if one is None or other is None:
         return one or other  # what is stored, or was put together, has the width of what it meets
     if one.stride != other.stride:
-        return None
+        return MIXED
     return Axis(one.makers | other.makers, one.stride)
 
 
@@ -110,14 +119,15 @@ def cut_to(region: Region, index: Region) -> Region:
 def concatenated(dimensions: Sequence[Dimension]) -> Dimension:
     """Dimensions laid one after the other."""
     size = sum(d.size for d in dimensions)
+    axis = MIXED if any(d.axis is not None for d in dimensions) else None
     if all(d.whole for d in dimensions):
-        return Dimension(size)
+        return Dimension(size, axis=axis)
     kept: list[int] = []
     offset = 0
     for dimension in dimensions:
         kept.extend(offset + i for i in dimension.indices)
         offset += dimension.size
-    return Dimension(size, _normal(size, tuple(kept)))
+    return Dimension(size, _normal(size, tuple(kept)), axis=axis)
 
 
 @dataclass(frozen=True)
@@ -218,21 +228,28 @@ def _occupied(mask: np.ndarray, axis: int) -> tuple[int, ...]:
 def _axes_through(given: list[Dimension], sizes: list[Dimension]) -> tuple[list[Dimension], list[Split]]:
     """The output's dimensions, uncut, with the axes that come through: one that is split, merged again or passed."""
     inner = [d for d in given if d.size > 1]
-    factors = [d.size for d in sizes]
-    if not inner or any(d.axis is None for d in inner):
-        return list(sizes), []
+    factors = [d.size for d in sizes if d.size > 1]
     axes = [d.axis for d in inner if d.axis is not None]
     adjoining = all(a.makers == b.makers and a.stride == b.stride * d.size for (a, b), d in _neighbours(axes, inner))
-    if not adjoining:
-        return list(sizes), []
+    if not axes or len(axes) < len(inner) or not adjoining:
+        mixed = [replace(d, axis=MIXED) if axes and d.size > 1 else d for d in sizes]
+        return mixed, _split_off(inner, factors)
     makers, stride = axes[-1].makers, axes[-1].stride
     output: list[Dimension] = []
     for dimension in reversed(sizes):
         axis = Axis(makers, stride) if dimension.size > 1 else None
         output.insert(0, replace(dimension, axis=axis))
         stride *= dimension.size
-    split = [Split(axes[-1], tuple(f for f in factors if f > 1))] if sum(f > 1 for f in factors) > 1 else []
-    return output, split
+    return output, [Split(axes[-1], tuple(factors))] if len(factors) > 1 else []
+
+
+def _split_off(inner: list[Dimension], factors: list[int]) -> list[Split]:
+    """Groups that are split off channels and positions laid together, as (N, groups, rest) of (N, C, H, W)."""
+    if not inner or inner[0].axis is None or not factors:
+        return []
+    groups, channels = factors[0], inner[0].size
+    whole_groups = groups < channels and channels % groups == 0
+    return [Split(inner[0].axis, (groups, channels // groups))] if whole_groups else []
 
 
 def _neighbours(axes: list[Axis], inner: list[Dimension]) -> list[tuple[tuple[Axis, Axis], Dimension]]:

@@ -160,13 +160,12 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], adapter: Adapter | Non
     adapter = adapter or getattr(model, "slt_adapter", None) or Adapter()
     skeleton = _on_meta(model)
     modules = dict(skeleton.named_modules())
-    programs: dict[bool, Program] = {}
-    units: tuple[Unit, ...] = ()
-    for mode in (False, True):
-        programs[mode] = _program(skeleton.train(mode), adapter.traced_shape(model, tuple(input_shape)), adapter)
-        units = annotate(programs[mode].graph, modules, _main_nodes(programs[mode]))
+    shape = adapter.traced_shape(model, tuple(input_shape))
+    programs = {mode: _program(skeleton.train(mode), shape, adapter) for mode in (False, True)}
+    units = annotate(programs[True].graph, modules, _main_nodes(programs[True]))
     if not units:
         raise InputError("the network has no layer to freeze before its classifier")
+    annotate(programs[False].graph, modules, _main_nodes(programs[False]), programs[True].graph)
     for program in programs.values():  # rules may refuse an operator at some widths: better now than at the first plan
         for full_depth in (0, len(units) // 2):
             narrow = Config(freeze_depth=0, full_depth=full_depth, head_scale=0.3)
@@ -208,7 +207,12 @@ def _program(skeleton: nn.Module, input_shape: tuple[int, ...], adapter: Adapter
     graph, structure = record(skeleton, inputs, is_leaf, adapter.part)
     leaves: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     scores = adapter.scores(pytree.tree_unflatten(list(leaves), structure))
-    main = next((i for i, leaf in enumerate(leaves) if leaf is scores), None)
+    main = next((i for i, leaf in enumerate(leaves) if leaf is scores and isinstance(leaf, fx.Node)), None)
+    if main is None and not adapter.part:
+        raise InputError(
+            f"the network's scores are no tensor that it gives but {type(scores).__name__}; "
+            "say which output counts with an adapter (README, Your own network)"
+        )
     return Program(graph, structure, main)
 
 

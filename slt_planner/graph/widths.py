@@ -54,6 +54,7 @@ class Needs:
     def __init__(self) -> None:
         self._strides: dict[str, set[int]] = {}
         self._whole: dict[str, set[tuple[int, int]]] = {}
+        self._factors: dict[str, set[tuple[int, int]]] = {}
         self._joined: dict[str, frozenset[str]] = {}
 
     def steps(self, dimension: Dimension, step: int) -> None:
@@ -72,7 +73,7 @@ class Needs:
 
     def whole(self, dimension: Dimension) -> None:
         """This dimension is taken apart one by one: all of it must be there."""
-        if dimension.axis is not None:
+        if dimension.axis is not None and dimension.size > 1:
             for maker in dimension.axis.makers:
                 self._whole.setdefault(maker, set()).add((dimension.axis.stride, dimension.size))
                 self._strides.setdefault(maker, set()).update(
@@ -86,6 +87,12 @@ class Needs:
                 joined = frozenset().union(*(self._joined.get(m, {m}) for m in dimension.axis.makers))
                 self._joined |= dict.fromkeys(joined, joined)
 
+    def factor(self, dimension: Dimension) -> None:
+        """This dimension is combined to one: where it is a factor of the channels, the others are scaled."""
+        if dimension.axis is not None and dimension.size > 1:
+            for maker in dimension.axis.makers:
+                self._factors.setdefault(maker, set()).add((dimension.axis.stride, dimension.size))
+
     def layout(self, maker: str, size: int) -> "Layout":
         """How the outputs of a weight-bearing operator are scaled so that all its users can take them."""
         makers = self._joined.get(maker, {maker})
@@ -95,6 +102,8 @@ class Needs:
         if any(large % small for large, small in pairwise(bounds)):
             return Layout(size, 1, 1)  # its users want steps that do not go together: it is not scaled
         whole = {factor for m in makers for factor in self._whole.get(m, ())}
+        if len(bounds) > 2:  # all of the channels are no factor of them
+            whole |= {factor for m in makers for factor in self._factors.get(m, ())}
         for large, small in pairwise(bounds):
             if (small, large // small) not in whole:
                 return Layout(size // large, large // small, small)

@@ -17,6 +17,7 @@ def forward_multiply_adds(model: SubModel) -> Counter[int]:
     Nothing is computed, but for networks whose shapes depend on data.
     """
     shadow, batch, labels = _shadow(model)
+    shadow.requires_grad_(False)
     counts: Counter[int] = Counter()
     unit = before = 0
 

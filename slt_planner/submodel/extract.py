@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from slt_planner.config import Config, Norms
-from slt_planner.errors import InputError
+from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Cut, Index
-from slt_planner.submodel.program import cut_program, with_unit_marks
+from slt_planner.submodel.program import cut_program, with_norms, with_unit_marks
 from slt_planner.submodel.slices import shape_of, take
 
 Forward = Callable[..., tuple[Any, ...]]
@@ -89,7 +89,7 @@ class SubModel(nn.Module):
         if self._around is not None:
             self._around.network.train(mode)
         for fqn, module in self.named_modules():
-            norm = isinstance(module, _BatchNorm) and module.track_running_stats
+            norm = isinstance(module, _NormBase) and module.track_running_stats
             if norm and f"{fqn}.running_mean" in self.extraction.frozen:
                 module.eval()
         return self
@@ -160,7 +160,8 @@ def extract(
     cuts = {mode: graph.cuts(config, mode) for mode in graph.programs}
     dropped = {mode: _dropped(graph, config, mode) for mode in graph.programs}
     indices = _tensor_indices(graph, cuts, dropped)
-    values = _Values(graph, indices, _checked_state(graph, model))
+    constants = {**graph.constants, **(dict(model.named_buffers()) if isinstance(model, nn.Module) else {})}
+    values = _Values(graph, indices, _checked_state(graph, model), constants)
     units = graph.unit_of_tensor()
     frozen = frozenset(name for name, unit in units.items() if unit <= config.freeze_depth)
     modules, tensors = {}, {}
@@ -173,7 +174,12 @@ def extract(
                 modules[name] = _cut_module(name, graph, cuts[mode].get(node, Cut(())), values, norms)
             elif node.op == "get_attr":
                 tensors[name] = values.of(name)
-    programs = {mode: cut_program(p.graph, cuts[mode], dropped[mode]) for mode, p in graph.programs.items()}
+    programs = {
+        mode: with_norms(cut_program(p.graph, cuts[mode], dropped[mode]), norms, config.freeze_depth)
+        for mode, p in graph.programs.items()
+    }
+    used = {str(node.target) for program in programs.values() for node in program.nodes if node.op == "get_attr"}
+    tensors = {name: tensor for name, tensor in tensors.items() if name in used}
     around = _filled_network(graph, values, norms) if graph.adapter.part else None
     sub = SubModel(modules, tensors, programs, Extraction(graph, config, norms, frozen), around)
     for name, parameter in sub.named_parameters():
@@ -194,7 +200,11 @@ def _tensor_indices(
     for mode, program in graph.programs.items():
         for node in program.graph.nodes:
             if node not in dropped[mode]:
-                indices |= _indices_at(graph, node, cuts[mode].get(node, Cut(())))
+                for name, index in _indices_at(graph, node, cuts[mode].get(node, Cut(()))).items():
+                    if shape_of(indices.setdefault(name, index), graph.tensor(name).shape) != shape_of(
+                        index, graph.tensor(name).shape
+                    ):
+                        raise UnsupportedLayerError(f"{name}: is used more than once, at different widths")
     return indices
 
 
@@ -231,8 +241,14 @@ def _checked_state(graph: ModelGraph, model: nn.Module | Mapping[str, Tensor] | 
 class _Values:
     """The values of a sub-model's tensors, cut; without a state they are made up."""
 
-    def __init__(self, graph: ModelGraph, indices: Mapping[str, Index], state: Mapping[str, Tensor] | None) -> None:
-        self._graph, self._indices, self._state = graph, indices, state
+    def __init__(
+        self,
+        graph: ModelGraph,
+        indices: Mapping[str, Index],
+        state: Mapping[str, Tensor] | None,
+        constants: Mapping[str, Tensor],
+    ) -> None:
+        self._graph, self._indices, self._state, self._constants = graph, indices, state, constants
         self._made: dict[str, Tensor] = {}
         self._random = torch.Generator().manual_seed(0)  # a detector's shapes depend on made-up values too
 
@@ -242,12 +258,12 @@ class _Values:
         if name not in self._made:
             like = self._graph.tensor(name)
             index = self._indices.get(name, ())
-            if name in self._graph.constants:
-                value = take(self._graph.constants[name], index)
-            elif self._state is None:
-                value = _synthetic(like, index, name, self._random)
-            else:
+            if self._state is not None and name in self._state:
                 value = take(self._state[name], index)
+            elif name in self._constants:
+                value = take(self._constants[name], index)
+            else:
+                value = _synthetic(like, index, name, self._random)
             self._made[name] = nn.Parameter(value) if isinstance(like, nn.Parameter) else value
         return self._made[name]
 
@@ -273,7 +289,7 @@ def _filled_network(graph: ModelGraph, values: _Values, norms: Norms) -> nn.Modu
 def _fill(module: nn.Module, prefix: str, values: _Values, norms: Norms) -> None:
     """Give a weightless module its values; with static norms, no running statistics."""
     for norm in module.modules():
-        if norms == "static" and isinstance(norm, _BatchNorm):
+        if norms == "static" and isinstance(norm, _NormBase):
             norm.track_running_stats = False
             norm.running_mean = norm.running_var = norm.num_batches_tracked = None
     for name, _ in [*module.named_parameters(), *module.named_buffers()]:

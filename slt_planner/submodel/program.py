@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from slt_planner.config import Norms
 from slt_planner.graph.region import Dimension, Region
 from slt_planner.graph.widths import Cut
 
@@ -71,6 +72,35 @@ def _positions(has: Dimension, takes: Dimension) -> range | tuple[int, ...]:
 def select_entries(x: Tensor, dim: int, positions: tuple[int, ...]) -> Tensor:
     """Entries of a tensor along a dimension that are not the first ones."""
     return x.index_select(dim, torch.tensor(positions, device=x.device))
+
+
+# Where F.batch_norm and F.instance_norm take running statistics, and how they are told to use the batch's own.
+_NORM_FUNCTIONS = {"batch_norm": (5, "training"), "instance_norm": (5, "use_input_stats")}
+
+
+def with_norms(program: fx.Graph, norms: Norms, freeze_depth: int) -> fx.Graph:
+    """Norms called as functions, as a sub-model wants them: `static` ones keep no statistics, frozen ones move none."""
+    for node in list(program.nodes):
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _NORM_FUNCTIONS:
+            continue
+        position, name = _NORM_FUNCTIONS[node.target.__name__]
+        if norms == "static":
+            _set_argument(node, 1, "running_mean", None)
+            _set_argument(node, 2, "running_var", None)
+            _set_argument(node, position, name, True)
+        elif node.meta["unit"] <= freeze_depth:
+            _set_argument(node, position, name, False)
+    for node in reversed(list(program.nodes)):
+        if node.op == "get_attr" and not node.users:
+            program.erase_node(node)
+    return program
+
+
+def _set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
+    if position < len(node.args):
+        node.args = (*node.args[:position], value, *node.args[position + 1 :])
+    else:
+        node.kwargs = {**node.kwargs, name: value}
 
 
 def with_unit_marks(program: fx.Graph, enter: Callable[[int], None]) -> fx.Graph:

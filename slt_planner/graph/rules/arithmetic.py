@@ -20,7 +20,10 @@ _ACTIVATIONS = (
 @rule("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh", "hardswish")
 @rule("hardsigmoid", "hardtanh", "softplus", "softsign", "logsigmoid", "softmax", "log_softmax", "normalize")
 @rule("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout")
-@rule("exp", "log", "log1p", "sqrt", "rsqrt", "abs", "neg", "square", "reciprocal", "sin", "cos", "erf", "clamp")
+@rule(
+    "exp", "log", "log1p", "sqrt", "rsqrt", "abs", "neg", "square", "reciprocal", "sin", "cos", "erf", "clamp", "clip"
+)
+@rule("clamp_min", "clamp_max", "threshold", "hardshrink", "softshrink", "tanhshrink")
 @rule(
     "clone",
     "contiguous",
@@ -42,8 +45,29 @@ _ACTIVATIONS = (
 @rule("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "invert", "logical_and", "logical_or", "logical_not")
 def entry_by_entry(op: Operator) -> Cut:
     """Tensors of the same entries (or broadcast): the wide ones are cut to what the narrowest keeps."""
-    output, taken = broadcast(op.output, op.tensors)
+    tensors = op.tensors
+    if op.name in ("to", "type_as"):  # another tensor says the type alone
+        tensors = {node: region for node, region in tensors.items() if node is op.argument(0, "input")}
+    output, taken = broadcast(op.output, tensors)
+    if op.name in ("softmax", "log_softmax"):
+        op.needs.factor(next(iter(tensors.values()))[_softmax_dimension(op)])
+    _fix_what_meets_positions(op, output)
     return Cut(output, taken)
+
+
+def _softmax_dimension(op: Operator) -> int:
+    dim = op.module.dim if op.module is not None else op.argument(1, "dim", -1)
+    return -1 if dim is None else int(dim)
+
+
+def _fix_what_meets_positions(op: Operator, output: Region) -> None:
+    """Outputs of weights that are added to positions (of a mixer, say) are positions too, and not scaled."""
+    computed = [region for node, region in op.tensors.items() if node.meta["data"]]
+    for i in range(1, len(output) + 1):
+        meeting = [region[-i] for region in computed if len(region) >= i and region[-i].size == output[-i].size > 1]
+        if any(d.axis is None for d in meeting):
+            for dimension in meeting:
+                op.needs.whole(dimension)
 
 
 def broadcast(output: Region, tensors: dict[fx.Node, Region]) -> tuple[Region, dict[fx.Node, Region]]:
@@ -87,10 +111,12 @@ def broadcast(output: Region, tensors: dict[fx.Node, Region]) -> tuple[Region, d
 def _reduction(op: Operator) -> Cut:
     """Reduced dimensions go (or become 1); a second tensor instead of dimensions makes it an operator of entries."""
     region = op.region(op.argument(0, "input"))
-    if len(op.tensors) > 1:
+    if len(op.tensors) > 1 or isinstance(op.argument(1, "other"), fx.Node):
         return entry_by_entry(op)
     dims: Any = op.argument(2 if op.name == "norm" else 1, "dim")
     reduced = set(range(len(region))) if dims is None else {d % len(region) for d in as_tuple(dims)}
+    for i in reduced:
+        op.needs.factor(region[i])
     results = op.output if op.output and isinstance(op.output[0], tuple) else (op.output,)
     keepdim = len(results[0]) == len(region)
     kept = tuple(Dimension(1) if i in reduced else d for i, d in enumerate(region) if keepdim or i not in reduced)

@@ -54,6 +54,8 @@ def _group_norm_function(op: Operator) -> Cut:
 
 
 def _whole_groups(op: Operator, channels: Dimension, groups: int) -> int:
+    if groups == 1:
+        return 1  # one group is all that comes
     each = channels.size // groups
     op.needs.steps(channels, each)
     present = {i // each for i in channels.indices}

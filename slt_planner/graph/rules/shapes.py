@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from slt_planner.graph.region import Dimension, Region, Split, common, concatenated, is_whole, reshaped
+from slt_planner.graph.record import assigned
+from slt_planner.graph.region import MIXED, Dimension, Region, Split, common, concatenated, is_whole, reshaped
 from slt_planner.graph.rules.arithmetic import as_tuple
 from slt_planner.graph.widths import Cut, Operator, rule
 
@@ -32,7 +33,9 @@ def _positions_change(op: Operator) -> Cut:
         moved += [d % len(region) for d in _moved_along(op)]
     if not all(region[i].whole for i in moved):
         raise op.refused("over a dimension that a head scale cuts has no width rule")
-    return Cut(tuple(full if i in moved else d for i, (d, full) in enumerate(zip(region, op.output, strict=True))))
+    return Cut(
+        tuple(full.unmade(d) if i in moved else d for i, (d, full) in enumerate(zip(region, op.output, strict=True)))
+    )
 
 
 def _moved_along(op: Operator) -> tuple[int, ...]:
@@ -102,7 +105,7 @@ def _channel_shuffle(op: Operator) -> Cut:
         raise op.refused("meets channels of some groups alone")
     _, (output,), _ = reshaped((inner, outer), (Dimension(channels.size),))
     inputs = {x: (region[0], taken, *region[2:])} if taken.indices != channels.indices else {}
-    return Cut((region[0], output, *region[2:]), inputs)
+    return Cut((region[0], output.unmade(channels), *region[2:]), inputs)
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -110,6 +113,8 @@ def expand(op: Operator) -> Cut:
     """Dimensions of size 1 are repeated; the others are as they come."""
     x = op.argument(0, "input")
     region = op.region(x)
+    if op.name == "expand_as":
+        return _expanded_as(op, region)
     missing = len(op.output) - len(region)
     output = tuple(
         full
@@ -129,6 +134,18 @@ def expand(op: Operator) -> Cut:
     return Cut(output, call=(torch.Tensor.expand, (x, *own)))
 
 
+def _expanded_as(op: Operator, region: Region) -> Cut:
+    """As many entries as the other tensor has."""
+    like = op.region(op.argument(1, "other"))
+    missing = len(like) - len(region)
+    output = tuple(
+        d if i < missing or region[i - missing].size != d.size else region[i - missing] for i, d in enumerate(like)
+    )
+    if any(own.indices != d.indices for own, d in zip(output, like, strict=True)):
+        raise op.refused("meets other channels than it has itself")
+    return Cut(output)
+
+
 @rule("repeat", "repeat_interleave", "tile")
 def _repeat(op: Operator) -> Cut:
     x = op.argument(0, "input")
@@ -140,6 +157,8 @@ def _repeat(op: Operator) -> Cut:
             output[i] = replace(d, batched=op.output[i].batched)
         elif not d.whole:
             raise op.refused("along a dimension that a head scale cuts has no width rule")
+        else:
+            output[i] = output[i].unmade(d)
     return Cut(tuple(output))
 
 
@@ -195,7 +214,7 @@ def _split(op: Operator) -> Cut:
     else:
         op.needs.whole(channels)
     taken, pieces = _pieces(op, channels, sizes)
-    axis = channels.axis if equal else None
+    axis = channels.axis if equal or channels.axis is None else MIXED
     output = tuple(
         (*region[:dim], replace(piece, batched=results[0][dim].batched, axis=axis), *region[dim + 1 :])
         for piece in pieces
@@ -318,17 +337,24 @@ def _plain_index(op: Operator) -> list[Any]:
 def _sliced(op: Operator, dimension: Dimension, item: slice, result: Dimension | None) -> tuple[Dimension, slice]:
     if item == slice(None):
         return dimension, item
-    if dimension.whole:
-        return (dimension if result is None or result.size == dimension.size else result), item
-    if any(isinstance(x, fx.Node) for x in (item.start, item.stop, item.step)) or item.step not in (None, 1):
+    computed = any(isinstance(x, fx.Node) for x in (item.start, item.stop, item.step))
+    if dimension.whole and (computed or item.step not in (None, 1)):
+        return (dimension if result is None else result).unmade(dimension), item
+    if computed or item.step not in (None, 1):
         raise op.refused("by such a slice along a cut dimension has no width rule")
     start, stop, _ = item.indices(dimension.size)
+    size = stop - start
+    if 0 < size < dimension.size and dimension.size % size == 0 and start % size == 0:
+        _need_equal_parts(op, dimension, dimension.size // size)
+    if dimension.whole:
+        piece = dimension if size == dimension.size else Dimension(size, batched=dimension.batched).unmade(dimension)
+        return piece, item
     inside = [i for i in dimension.indices if start <= i < stop]
     if not inside:
         raise op.refused("leaves no channels at this head scale")
     first = sum(i < start for i in dimension.indices)
     piece = Dimension(stop - start, batched=dimension.batched).keeping(tuple(i - start for i in inside))
-    return piece, slice(first, first + len(inside))
+    return piece.unmade(dimension), slice(first, first + len(inside))
 
 
 def _position(op: Operator, dimension: Dimension, item: Any) -> Any:
@@ -339,21 +365,20 @@ def _position(op: Operator, dimension: Dimension, item: Any) -> Any:
     return list(dimension.indices).index(item % dimension.size)
 
 
-@rule("setitem")
+@rule("assigned")
 def _assignment(op: Operator) -> Cut:
-    """x[index] = value: what is assigned must have all that the place keeps."""
+    """x[index] = value: what is assigned must be all that the place keeps, and no more."""
     x, _, value = op.node.args
-    place, own = _indexed(op, op.region(x), _plain_index(op), None)
+    region = op.region(x)
+    place, own = _indexed(op, region, _plain_index(op), None)
     if not isinstance(value, fx.Node) or not _is_tensor(value):
-        return Cut((), call=(operator.setitem, (x, own, value)))
-    region = op.region(value)
-    aligned = place[len(place) - len(region) :]
-    wanted = tuple(
-        d.keeping(a.indices) if not a.whole and d.size == a.size else d for d, a in zip(region, aligned, strict=True)
-    )
-    if any(not set(w.indices) <= set(d.indices) for w, d in zip(wanted, region, strict=True)):
-        raise op.refused("assigns fewer channels than there are")
-    return Cut((), {value: wanted} if wanted != region else {}, call=(operator.setitem, (x, own, value)))
+        return Cut(region, call=(assigned, (x, own, value)))
+    comes = op.region(value)
+    aligned = place[len(place) - len(comes) :]
+    wanted = tuple(d.keeping(a.indices) if d.size == a.size else d for d, a in zip(comes, aligned, strict=True))
+    if any(not set(w.indices) <= set(d.indices) for w, d in zip(wanted, comes, strict=True)):
+        raise op.refused("of fewer channels than its place has is not known; concatenate instead")
+    return Cut(region, {value: wanted} if wanted != comes else {}, call=(assigned, (x, own, value)))
 
 
 @rule("meshgrid")
@@ -373,4 +398,4 @@ def _pixel_shuffle(op: Operator) -> Cut:
     present = sorted({i // each for i in channels.indices})
     if len(present) * each != channels.width:
         raise op.refused("meets a part of the channels of one pixel")
-    return Cut((op.output[0], op.output[1].keeping(tuple(present)), *op.output[2:]))
+    return Cut((op.output[0], op.output[1].keeping(tuple(present)).unmade(channels), *op.output[2:]))

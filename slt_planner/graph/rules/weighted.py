@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from slt_planner.graph.region import Dimension, Region, cut_to, is_whole
+from slt_planner.graph.region import MIXED, Dimension, Region, cut_to, is_whole
 from slt_planner.graph.widths import Cut, Index, Operator, rule
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,7 +51,7 @@ def _convolution(op: Operator) -> Cut:
 def _depthwise(arrives: Dimension, out: int) -> _Weights:
     """Each channel has its own `out / in` outputs; those of the channels that come are kept."""
     each = out // arrives.size
-    given = Dimension(out, axis=arrives.axis if each == 1 else None)
+    given = Dimension(out, axis=arrives.axis if each == 1 else MIXED)
     if not arrives.whole:
         given = given.keeping(tuple(c * each + i for c in arrives.indices for i in range(each)))
     sizes = {"in_channels": arrives.width, "groups": arrives.width}
