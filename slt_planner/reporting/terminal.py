@@ -40,12 +40,12 @@ def percent(fraction: float | None) -> str:
 
 
 def scale_text(scale: float) -> str:
-    """A head scale in percent, with three digits.
+    """A head scale in percent, with three digits; what is not all is not 100 %.
 
-    >>> scale_text(11 / 64), scale_text(1.0)
-    ('17.2 %', '100 %')
+    >>> scale_text(11 / 64), scale_text(1.0), scale_text(3071 / 3072)
+    ('17.2 %', '100 %', '99.9 %')
     """
-    return f"{100 * scale:.3g} %"
+    return f"{100 * scale if scale == 1 else min(100 * scale, 99.9):.3g} %"
 
 
 def reason_text(limited_by: str) -> str:
