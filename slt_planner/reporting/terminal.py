@@ -73,6 +73,8 @@ def ruler(plan: Plan) -> str:
         parts.append(step.memory_format)
     if step.threads is not None:
         parts.append(count(step.threads, "thread"))
+    if plan.model.data_dependent:
+        parts.append("made-up targets")
     return ", ".join(parts)
 
 

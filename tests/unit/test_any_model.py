@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slt_planner.config import Config
-from slt_planner.errors import UnsupportedLayerError
+from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.graph.trace import trace
 from slt_planner.graph.widths import Cut, Operator, rule
@@ -482,3 +482,209 @@ def test_parameters_of_reference_networks():
     counts = {n: sum(p.numel() for p in load_model(n).parameters()) for n in ("densenet40", "vgg9", "convnet")}
     convnet = 32 * 75 + 32 + 64 * 800 + 64 + 512 * 4096 + 512 + 5130
     assert counts == {"densenet40": 1_019_722, "vgg9": 3_491_530, "convnet": convnet}
+
+
+def squeeze_excite(n, x):
+    """As it is copied most: sizes are taken from the input and written into a view."""
+    x = n.a(x)
+    batch, channels = x.shape[:2]
+    gate = n.grow(F.relu(n.squeeze(x.mean((2, 3))))).sigmoid().view(batch, channels, 1, 1)
+    return n.fc(pooled(n.b(x * gate.expand_as(x))))
+
+
+def selective_kernel(n, x):
+    x = n.a(x)
+    p, q = n.p(x), n.q(x)
+    weights = n.choose((p + q).mean((2, 3))).view(len(x), 2, -1, 1, 1).softmax(1)
+    return n.fc(pooled((torch.stack([p, q], 1) * weights).sum(1)))
+
+
+def group_norm_by_hand(n, x):
+    x = n.a(x)
+    groups = x.view(len(x), 4, -1)
+    groups = (groups - groups.mean(-1, keepdim=True)) / groups.std(-1, keepdim=True)
+    return n.fc(pooled(n.b(groups.view(x.shape))))
+
+
+def mixer(n, x):
+    x = n.a(x).flatten(2).transpose(1, 2)
+    x = x + n.tokens_out(F.gelu(n.tokens_in(x.transpose(1, 2)))).transpose(1, 2)
+    return n.fc(n.channels(x).mean(1))
+
+
+def einsum_attention(n, x):
+    x = n.a(x).flatten(2).transpose(1, 2)
+    q, k, v = (part(x).view(len(x), 36, 4, 4) for part in (n.q, n.k, n.v))
+    weights = torch.einsum("bnhd,bmhd->bhnm", q, k).softmax(-1)
+    return n.fc((x + n.p(torch.einsum("bhnm,bmhd->bnhd", weights, v).reshape(len(x), 36, 16))).mean(1))
+
+
+def standardised(n, x):
+    weight = (n.w - n.w.mean((1, 2, 3), keepdim=True)) / n.w.var((1, 2, 3), keepdim=True).sqrt()
+    return n.fc(pooled(F.conv2d(n.a(x), weight) * n.scale[None, :, None, None]))
+
+
+@pytest.mark.parametrize(
+    ("network", "units", "widths"),
+    [
+        (
+            Net(
+                squeeze_excite,
+                a=conv(3, 16), squeeze=nn.Linear(16, 8), grow=nn.Linear(8, 16), b=conv(16, 8), fc=nn.Linear(8, 5),
+            ),
+            [("a", "squeeze", "grow"), ("b",)],
+            {"squeeze.weight": (4, 8), "grow.weight": (8, 4), "b.weight": (4, 8)},
+        ),
+        (
+            Net(
+                selective_kernel,
+                a=conv(3, 8), p=conv(8, 8), q=conv(8, 8), choose=nn.Linear(8, 16), fc=nn.Linear(8, 5),
+            ),
+            [("a",), ("p",), ("q",), ("choose",)],
+            {"p.weight": (4, 4), "q.weight": (4, 4), "choose.weight": (8, 4), "fc.weight": (5, 4)},
+        ),
+        (
+            Net(group_norm_by_hand, a=conv(3, 16), b=conv(16, 8), fc=nn.Linear(8, 5)),
+            [("a",), ("b",)],
+            {"a.weight": (8, 3), "b.weight": (4, 8)},
+        ),
+        (
+            Net(
+                mixer,
+                a=conv(3, 8), tokens_in=nn.Linear(36, 24), tokens_out=nn.Linear(24, 36), channels=nn.Linear(8, 6),
+                fc=nn.Linear(6, 5),
+            ),
+            [("a",), ("tokens_in",), ("tokens_out",), ("channels",)],
+            {"tokens_in.weight": (12, 36), "tokens_out.weight": (36, 12), "channels.weight": (3, 4)},
+        ),
+        (
+            Net(
+                einsum_attention,
+                a=conv(3, 16), q=nn.Linear(16, 16), k=nn.Linear(16, 16), v=nn.Linear(16, 16), p=nn.Linear(16, 16),
+                fc=nn.Linear(16, 5),
+            ),
+            [("a",), ("q", "k", "v", "p")],
+            {"q.weight": (8, 8), "k.weight": (8, 8), "p.weight": (8, 8), "fc.weight": (5, 8)},
+        ),
+        (
+            Net(standardised, a=conv(3, 8), w=parameter(6, 8, 1, 1), scale=parameter(6), fc=nn.Linear(6, 5)),
+            [("a",), ()],
+            {"w": (3, 4, 1, 1), "scale": (3,), "fc.weight": (5, 3)},
+        ),
+    ],
+    ids=["squeeze-excite", "selective-kernel", "group-norm", "mixer", "einsum-attention", "standardised"],
+)  # fmt: skip
+def test_units_and_half_widths_of_what_is_written_out_by_hand(network, units, widths):
+    graph = trace(network, (3, 6, 6))
+    assert [unit.modules for unit in graph.units] == units
+    kept = {name: tuple(d.width for d in index) for name, index in tensor_indices(graph, HALF).items()}
+    assert {name: kept[name] for name in widths} == widths
+    images = torch.randn(3, 3, 6, 6)
+    for mode in (True, False):
+        assert torch.equal(extract(graph, network, Config.full_network()).train(mode)(images), network(images))
+    for full_depth in range(graph.depth + 1):
+        config = Config(freeze_depth=max(0, full_depth - 1), full_depth=full_depth, head_scale=0.5)
+        sub = extract(graph, network, config)
+        sub(images).sum().backward()
+        assert all(p.grad is not None for p in sub.parameters() if p.requires_grad)
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """A batch norm that is called as a function."""
+
+    def forward(self, x):
+        statistics = (self.running_mean, self.running_var, self.weight, self.bias, self.training)
+        return F.relu(F.batch_norm(x, *statistics, self.momentum, self.eps))
+
+
+def test_norms_called_as_functions_are_static_or_frozen_as_others_are():
+    network = Net(
+        lambda n, x: n.fc(pooled(n.two(n.b(n.one(n.a(x)))))),
+        a=conv(3, 8), one=NormWithActivation(8), b=conv(8, 8), two=NormWithActivation(8), fc=nn.Linear(8, 5),
+    )  # fmt: skip
+    graph, images = trace(network, (3, 6, 6)), torch.randn(4, 3, 6, 6)
+    config = Config(freeze_depth=1, full_depth=2, head_scale=1.0)
+    running = extract(graph, network, config, "running").train()
+    running(images)
+    assert torch.equal(running.one.running_mean, network.one.running_mean)
+    assert not torch.equal(running.two.running_mean, network.two.running_mean)
+    static = extract(graph, network, config, "static")
+    assert not any("running" in name for name in static.state_dict())
+    assert torch.equal(static.train()(images), static.eval()(images))
+    whole = extract(graph, network, Config.full_network(), "running").eval()
+    assert torch.equal(whole(images), network.eval()(images))
+
+
+class Variational(nn.Module):
+    """In training alone a second layer adds noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.mean, self.spread = conv(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b, self.fc = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = pooled(self.a(x))
+        z = self.mean(x)
+        if self.training:
+            z = z + torch.exp(self.spread(x)) * torch.randn_like(z)
+        return self.fc(F.relu(self.b(z)))
+
+
+@pytest.mark.parametrize("full_depth", range(4))
+def test_evaluation_mode_has_the_units_and_widths_of_training(full_depth):
+    graph = trace(Variational(), (3, 6, 6))
+    assert graph.depth == 3
+    sub = extract(graph, None, Config(freeze_depth=0, full_depth=full_depth, head_scale=0.5))
+    for mode in (True, False):
+        assert sub.train(mode)(torch.randn(2, 3, 6, 6)).shape == (2, 5)
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def in_half_precision(n, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return n.fc(pooled(n.a(x)))
+
+
+def hooked(n, x):
+    x = n.a(x)
+    x.requires_grad_()
+    x.register_hook(lambda gradient: gradient * 0)
+    return n.fc(pooled(x))
+
+
+def assigning(n, x):
+    x = n.a(x)
+    joined = x.new_zeros(len(x), 16, 6, 6)
+    joined[:, :8], joined[:, 8:] = x, x * 2
+    return n.fc(pooled(joined)[:, :8])
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [
+        (lambda n, x: n.fc(pooled(Sign.apply(n.a(x)))), "has a backward of its own"),
+        (in_half_precision, "autocast"),
+        (hooked, "puts a hook on a tensor"),
+        (assigning, "concatenate instead"),
+    ],
+)
+def test_what_would_be_lost_in_a_recording_is_refused(work, told):
+    with pytest.raises(UnsupportedLayerError, match=told):
+        trace(Net(work, a=conv(3, 8), fc=nn.Linear(8, 5)), (3, 6, 6))
+
+
+def test_a_network_with_several_outputs_must_say_which_counts():
+    network = Net(lambda n, x: {"logits": n.fc(pooled(n.a(x)))}, a=conv(3, 8), fc=nn.Linear(8, 5))
+    with pytest.raises(InputError, match="say which output counts with an adapter"):
+        trace(network, (3, 6, 6))
+    assert trace(network, (3, 6, 6), Logits()).num_classes == 5
