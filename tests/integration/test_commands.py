@@ -240,7 +240,7 @@ def test_a_plan_of_another_network_is_refused(command, plan, tmp_path):
     assert "the model is not the plan's" in command("slt-train", "--plan", "plan.json").err
     data["model"]["name"] = "os.system:x"
     plan.write_text(json.dumps(data))
-    assert "unknown model 'os.system:x'" in command("slt-train", "--plan", "plan.json").err
+    assert "the plan's model is your own code, os.system:x" in command("slt-train", "--plan", "plan.json").err
 
 
 def test_ctrl_c_leaves_a_run_folder_that_can_be_read(plan, tmp_path):

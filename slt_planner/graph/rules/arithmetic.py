@@ -130,14 +130,15 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _has_stored_factor(op: Operator) -> bool:
     right = op.argument(1, "other", op.node.kwargs.get("mat2"))
-    return isinstance(right, fx.Node) and not right.meta["data"]
+    return isinstance(right, fx.Node) and not right.meta["data"] and len(right.meta["dims"]) == 2
 
 
 @rule("matmul", "bmm", "mm", weighted=_has_stored_factor)
 def _matrix_product(op: Operator) -> Cut:
     """Rows and columns come through; what is summed over must be the same entries on both sides.
 
-    A stored right factor is a linear layer's weight; of two computed ones what is summed over is the width of a head.
+    A stored matrix on the right is a linear layer's weight; of two computed factors what is summed over is the width
+    of a head.
     """
     left, right = op.argument(0, "input"), op.argument(1, "other", op.node.kwargs.get("mat2"))
     a, b = op.region(left), op.region(right)
