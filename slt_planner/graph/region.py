@@ -65,10 +65,6 @@ class Dimension:
         """The same dimension as channels without one maker, where `like` are channels."""
         return self if like.axis is None else replace(self, axis=MIXED)
 
-    def uncut(self) -> "Dimension":
-        """The same dimension with all entries."""
-        return self if self.kept is None else replace(self, kept=None)
-
 
 Region: TypeAlias = tuple[Dimension, ...]
 """What a sub-model keeps of a tensor, by dimension."""

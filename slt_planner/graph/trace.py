@@ -106,11 +106,6 @@ class ModelGraph:
             tuple(n for n in self._tensors if not n.startswith(f"{part}.") and self.first_name(n) == n) if part else ()
         )
 
-    def unit_of_module(self) -> dict[str, int]:
-        """The unit each module that is called belongs to, by fqn; depth + 1 for the classifier."""
-        calls = [node for node in self.programs[True].graph.nodes if node.op == "call_module"]
-        return {str(node.target): node.meta["freezes"] for node in calls}
-
     def tensors_of(self, node: fx.Node) -> list[str]:
         """The fqns of the parameters and buffers that a node uses, each by the first of its names."""
         if node.op == "get_attr":

@@ -101,9 +101,9 @@ def test_extraction_leaves_the_model_alone_and_shares_nothing(config):
 @settings(max_examples=20, deadline=None)
 def test_frozen_units_are_those_up_to_freeze_depth(config):
     sub = extract(GRAPH, None, config)
-    units = GRAPH.unit_of_module()
+    units = GRAPH.unit_of_tensor()
     for name, parameter in sub.named_parameters():
-        assert parameter.requires_grad == (units[name.rpartition(".")[0]] > config.freeze_depth)
+        assert parameter.requires_grad == (units[name] > config.freeze_depth)
     assert set(sub.trained_state()) == {name for name, p in sub.named_parameters() if p.requires_grad}
 
 
