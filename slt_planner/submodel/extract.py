@@ -15,7 +15,7 @@ from slt_planner.config import Config, Norms
 from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Cut, Index
-from slt_planner.submodel.program import cut_program, with_norms, with_unit_marks
+from slt_planner.submodel.program import with_cuts, with_norms, with_unit_marks
 from slt_planner.submodel.slices import shape_of, take
 
 Forward = Callable[..., tuple[Any, ...]]
@@ -175,7 +175,7 @@ def extract(
             elif node.op == "get_attr":
                 tensors[name] = values.of(name)
     programs = {
-        mode: with_norms(cut_program(p.graph, cuts[mode], dropped[mode]), norms, config.freeze_depth)
+        mode: with_norms(with_cuts(p.graph, cuts[mode], dropped[mode]), norms, config.freeze_depth)
         for mode, p in graph.programs.items()
     }
     used = {str(node.target) for program in programs.values() for node in program.nodes if node.op == "get_attr"}

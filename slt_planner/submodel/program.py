@@ -12,7 +12,7 @@ from slt_planner.graph.region import Dimension, Region
 from slt_planner.graph.widths import Cut
 
 
-def cut_program(program: fx.Graph, cuts: Mapping[fx.Node, Cut], dropped: Collection[fx.Node]) -> fx.Graph:
+def with_cuts(program: fx.Graph, cuts: Mapping[fx.Node, Cut], dropped: Collection[fx.Node]) -> fx.Graph:
     """A copy of a recorded program in which inputs are cut to what their operator takes.
 
     `dropped` nodes are left out; an output among them becomes None.
