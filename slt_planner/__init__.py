@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from slt_planner.federated.run_folder import load_run
     from slt_planner.graph.adapter import Adapter
     from slt_planner.graph.trace import ModelGraph, trace
+    from slt_planner.memory.calibrate import Calibration, calibrate
     from slt_planner.memory.measure import measure
-    from slt_planner.memory.profile import MemoryProfile
+    from slt_planner.memory.predict import predict
+    from slt_planner.memory.profile import MemoryProfile, load_profile
     from slt_planner.models.registry import load_model
     from slt_planner.planning.plan import Plan, load_plan
     from slt_planner.planning.solve import solve
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "graph.adapter",
     "Config": "config",
+    "Calibration": "memory.calibrate",
     "InfeasibleError": "errors",
     "InputError": "errors",
     "MemoryProfile": "memory.profile",
@@ -45,12 +48,15 @@ _HOME = {
     "SubModel": "submodel.extract",
     "Tier": "config",
     "UnsupportedLayerError": "errors",
+    "calibrate": "memory.calibrate",
     "extract": "submodel.extract",
     "load_model": "models.registry",
+    "load_profile": "memory.profile",
     "load_plan": "planning.plan",
     "load_run": "federated.run_folder",
     "measure": "memory.measure",
     "merge": "submodel.merge",
+    "predict": "memory.predict",
     "report": "reporting.report",
     "solve": "planning.solve",
     "trace": "graph.trace",
@@ -59,6 +65,7 @@ _HOME = {
 
 __all__ = [
     "Adapter",
+    "Calibration",
     "Config",
     "InfeasibleError",
     "InputError",
@@ -72,12 +79,15 @@ __all__ = [
     "SubModel",
     "Tier",
     "UnsupportedLayerError",
+    "calibrate",
     "extract",
     "load_model",
     "load_plan",
+    "load_profile",
     "load_run",
     "measure",
     "merge",
+    "predict",
     "report",
     "solve",
     "trace",

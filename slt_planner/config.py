@@ -61,15 +61,18 @@ class Optimizer(Record):
 
 
 class StepSettings(Record):
-    """Everything but the batch size that moves the peak of a training step."""
+    """Everything but the batch size that moves the peak of a training step.
+
+    `precision` is of weights, gradients and batch alike (fp32, bf16), or fp32 with a bf16 forward pass (autocast).
+    """
 
     optimizer: Optimizer = Optimizer()
     loss: Literal["cross_entropy"] = "cross_entropy"
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "bf16", "autocast"] = "fp32"
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     set_to_none: bool = True
     norms: Norms = "static"
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = Field(default=None, ge=1, le=1024)
 
     @field_validator("optimizer", mode="before")
@@ -87,7 +90,7 @@ class StepSpec(StepSettings):
     'adam'
     """
 
-    batch_size: int = Field(default=128, ge=2, le=MAX_BATCH)
+    batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
 
     @property
     def settings(self) -> StepSettings:

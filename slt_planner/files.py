@@ -1,12 +1,18 @@
 """Files are written whole or not at all: to a temporary name first, then renamed."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from slt_planner.errors import InputError
+from pydantic import BaseModel, ValidationError
+
+from slt_planner.errors import InputError, first_invalid
+
+_RecordT = TypeVar("_RecordT", bound=BaseModel)
 
 
 def refuse_existing(paths: Iterable[str | Path]) -> None:
@@ -70,6 +76,27 @@ def append_text(path: Path, content: str) -> None:
     """Add to the end of a file, in UTF-8; raises InputError if that cannot be done."""
     with _told(path), path.open("a", encoding="utf-8") as file:
         file.write(content)
+
+
+def read_record(path: str | Path, record: type[_RecordT], what: str, made_with: str) -> _RecordT:
+    """Read and check a record from a JSON file; `what` it is called and the command that makes one go into errors.
+
+    Raises:
+        InputError: missing, not JSON, or not a valid record; the message names the first offending field.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"{what} {path}: cannot be read ({reason}); make one with {made_with}") from error
+    try:
+        return record.model_validate(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{what} {path}: not JSON (line {error.lineno}: {error.msg})") from error
+    except ValidationError as error:
+        raise InputError(f"{what} {path}: {first_invalid(error)}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise InputError(f"{what} {path}: not a {what} ({str(error).splitlines()[0]})") from error
 
 
 @contextmanager

@@ -1,21 +1,26 @@
-"""Measuring a real training step on CPU, on the allocator ruler."""
+"""Measuring a real training step, on the allocator ruler and on the tensor ruler."""
 
 import copy
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slt_planner.config import StepSpec
+from slt_planner.environment import environment
 from slt_planner.errors import InputError
 from slt_planner.graph.adapter import Adapter
-from slt_planner.memory import cpu
-from slt_planner.memory.flops import forward_multiply_adds
-from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile, TimelinePoint, UnitRow
-from slt_planner.memory.step import make_optimizer, memory_format, threads, training_step
+from slt_planner.memory import cuda, recording
+from slt_planner.memory.attribution import Attribution, unit_rows
+from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile
+from slt_planner.memory.recording import NO_SPAN, Allocation, Event, Mark, SpanEnd
+from slt_planner.memory.step import SteadyStep, as_trained, device_name, threads
+from slt_planner.memory.timeline import Change, find_peak, timeline
 from slt_planner.submodel.extract import SubModel
 
 
@@ -42,7 +47,7 @@ def measure(
         adapter: between images and the module; a SubModel knows its own.
 
     Raises:
-        InputError: shape or classes missing for a module that is no SubModel, or norms that differ.
+        InputError: shape or classes missing for a module that is no SubModel, norms that differ, or no such device.
 
     >>> from slt_planner.models.registry import load_model
     >>> spec = StepSpec(batch_size=2)
@@ -58,223 +63,197 @@ def measure(
             raise InputError(f"the step has {spec.norms} norms, the sub-model {extraction.norms} ones")
     if input_shape is None or num_classes is None:
         raise InputError("measuring a module that is no SubModel needs input_shape and num_classes")
+    cuda.check(spec.device)
+    before = cuda.allocated() if spec.device == "cuda" else 0
     with threads(spec) as number, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # made-up data is the same every time: a detector's shapes depend on it
-        step = _RecordedStep(copy.deepcopy(module), spec, input_shape, num_classes, adapter or Adapter(), details)
-        allocations, marks = cpu.record(step.run)
-    blocks = _blocks(allocations)
-    begin = next(mark.time_ns for mark in marks if mark.name == "step")
-    peak_at = _peak_time(step.alive_before, allocations, begin)
-    categories = step.categories(blocks, marks)
-    breakdown = dict.fromkeys(CATEGORIES, 0) | step.resident_bytes()
-    for block, category in zip(blocks, categories, strict=True):
-        if block.begin_ns <= peak_at < block.end_ns:
-            breakdown[category] += block.size
+        own = as_trained(copy.deepcopy(module).to(spec.device), spec)
+        step = _RecordedStep(SteadyStep(own, spec, input_shape, num_classes, adapter or Adapter()), details)
+        events = recording.record(step.run, spec.device)
+    history = _History(step, events)
+    peak = find_peak(history.resident, history.changes)
+    peaks = step.peaks
+    if peaks is not None and peaks.allocated - before != peak.size:
+        raise RuntimeError(f"the allocator says {peaks.allocated - before} bytes, its history {peak.size}")
     return MemoryProfile(
-        peak_bytes=sum(breakdown.values()),
-        peak_operator=_operator_at(allocations, peak_at),
-        device=f"cpu, {number} thread{'s' if number > 1 else ''}",
+        config=module.extraction.config if isinstance(module, SubModel) else None,
+        spec=spec.model_copy(update={"threads": number}),
+        peak_bytes=peak.size,
+        tensor_peak_bytes=history.tensor_peak(),
+        peak_operator=peak.operator,
+        peak_unit=peak.unit,
+        device=device_name(spec, number),
         batch_size=spec.batch_size,
-        breakdown=breakdown,
-        units=step.unit_rows(blocks, marks) if details and isinstance(module, SubModel) else (),
-        timeline=_timeline(step.alive_before, allocations, begin) if details else (),
+        breakdown=peak.breakdown,
+        resident=history.resident,
+        environment=environment(number),
+        units=unit_rows(step.step, step.attribution, history.saved_by_unit(), spec.batch_size) if details else (),
+        timeline=timeline(history.resident, history.changes) if details else (),
+        requested_bytes=None if peaks is None else peaks.requested - before,
+        reserved_bytes=None if peaks is None else peaks.reserved,
     )
 
 
-@dataclass(frozen=True)
+class _Spans(TorchDispatchMode):
+    """Makes every operator a span of the recording, and remembers which it was."""
+
+    def __init__(self, attribution: Attribution | None) -> None:
+        super().__init__()
+        self.operators: list[tuple[str, int]] = []
+        self._attribution = attribution
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and guarding against it takes time
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        unit = self._attribution.operator(func, args, kwargs) if self._attribution else 0
+        self.operators.append((func._schema.name, unit))
+        with recording.span(len(self.operators) - 1):
+            outputs = func(*args, **kwargs)
+        if self._attribution:
+            self._attribution.called(func, args, kwargs, outputs)
+        return outputs
+
+
+class _RecordedStep:
+    """A steady step that is run so that a recording of it can be read."""
+
+    def __init__(self, step: SteadyStep, details: bool) -> None:
+        self.step = step
+        self.weights_and_buffers = {category: _storages(tensors) for category, tensors in step.tensors().items()}
+        self.known: dict[Category, set[int]] = {}
+        self.peaks: cuda.AllocatorPeaks | None = None
+        self.attribution = Attribution()
+        self._details = details
+        self.spans = _Spans(self.attribution if details else None)
+
+    def run(self) -> None:
+        """Bring the step to its steady state, then run it, marked."""
+        if self.step.device == "cuda":  # what kernels' libraries keep for ever comes with the first step
+            self.step.run(lambda tensors: None)
+        self.step.prepare()
+        self.attribution.begin(self.step)
+        old_gradients = set(_storages(self.step.tensors()["gradients"]))
+
+        def remember(tensors: Mapping[Category, list[Tensor]]) -> None:
+            recording.mark("end")
+            self.known = {category: set(_storages(own)) for category, own in tensors.items()}
+            self.known["gradients"] |= old_gradients
+
+        def steady() -> None:
+            recording.mark("step")
+            hooks = torch.autograd.graph.saved_tensors_hooks(self._say_saved, lambda tensor: tensor)
+            following = self.attribution.following(self.step.module) if self._details else nullcontext()
+            with self.spans, hooks, following:
+                self.step.run(remember)
+
+        if self.step.device == "cuda":
+            self.peaks = cuda.peaks_during(steady)
+        else:
+            steady()
+
+    def _say_saved(self, tensor: Tensor) -> Tensor:
+        recording.mark(f"saved {tensor.untyped_storage().data_ptr()} {self.attribution.unit}")
+        return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
+
+
+@dataclass
 class _Block:
-    """A piece of memory from its allocation to its release (`end_ns` is far away where it outlives the recording)."""
+    """A piece of memory from its allocation to its release (far away where it outlives the recording)."""
 
     address: int
     size: int
     begin_ns: int
-    end_ns: int
-    within_one_call: bool
+    within_one_operator: bool = False
+    end_ns: int = 2**63
+    saved_by: int | None = None
 
 
-_NEVER = 2**63
+class _History:
+    """A recording read: every block from begin to end, what it is, and how live bytes change during the step."""
 
-
-class _Place:
-    """The unit that a forward pass is in; apart from the step, so that what calls `enter` does not hold the network."""
-
-    def __init__(self) -> None:
-        self.unit = 0
-
-    def enter(self, unit: int) -> None:
-        self.unit = unit
-
-
-class _RecordedStep:
-    """A module, its optimizer, and one steady step of them that says what it saves."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        spec: StepSpec,
-        input_shape: tuple[int, ...],
-        classes: int,
-        adapter: Adapter,
-        details: bool,
-    ) -> None:
-        self._spec = spec
-        self._details = details
-        self._adapter = adapter
-        self._input_shape = input_shape
-        self._classes = classes
-        self._module = module.to(memory_format=memory_format(spec)) if len(input_shape) == 3 else module
-        self._module.train()
-        self._optimizer = make_optimizer(module.parameters(), spec.optimizer, learning_rate=0.0)
-        self._place = _Place()
-        self._addresses: dict[Category, set[int]] = {}
-        self.alive_before = sum(self.resident_bytes().values())
-
-    def resident_bytes(self) -> dict[Category, int]:
-        """What is allocated before the recording and stays: weights and buffers, each storage once."""
-        weights = _storages(self._module.parameters())
-        buffers = _storages(self._module.buffers())
-        return {"weights": sum(weights.values()), "buffers": sum(buffers.values())}
-
-    def run(self) -> None:
-        """Bring gradients and optimizer state into being, then do the step that is measured."""
-        trained = [p for p in self._module.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()
-        old_gradients = set(_storages(p.grad for p in trained))
-
-        cpu.mark("step")
-        batch = torch.randn(self._spec.batch_size, *self._input_shape)
-        if batch.dim() == 4:
-            batch = batch.to(memory_format=memory_format(self._spec))
-        labels = self._adapter.example_labels(self._spec.batch_size, self._classes, self._input_shape)
-        with self._following_units(), torch.autograd.graph.saved_tensors_hooks(self._say_saved, lambda tensor: tensor):
-            training_step(self._module, self._optimizer, batch, labels, self._spec, self._adapter)
-        cpu.mark("end")
-        state = [value for entry in self._optimizer.state.values() for value in entry.values()]
-        self._addresses = {
-            "batch": set(_storages(x for x in pytree.tree_leaves([batch, labels]) if isinstance(x, Tensor))),
-            "gradients": set(_storages(p.grad for p in trained)) | old_gradients,
-            "optimizer": set(_storages(v for v in state if isinstance(v, Tensor))),
-        }
-
-    def _say_saved(self, tensor: Tensor) -> Tensor:
-        cpu.mark(f"saved {tensor.untyped_storage().data_ptr()} {self._place.unit}")
-        return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
-
-    def _following_units(self) -> AbstractContextManager[None]:
-        if not self._details or not isinstance(self._module, SubModel):
-            return nullcontext()
-        return self._module.following_units(self._place.enter)
-
-    def categories(self, blocks: list[_Block], marks: list[cpu.Mark]) -> list[Category]:
-        """What each block is."""
-        saved = self._saved(blocks, marks)
-        (end,) = (mark.time_ns for mark in marks if mark.name == "end")
-        (begin,) = (mark.time_ns for mark in marks if mark.name == "step")
-
-        def category(number: int, block: _Block) -> Category:
-            for known, addresses in self._addresses.items():
-                # An address is used again and again: only what is there before or after the step is known by it.
-                outlives = block.end_ns > end or block.begin_ns < begin
-                if outlives and block.address in addresses:
-                    return known
-            if number in saved:
-                return "activations"
-            return "workspace" if block.within_one_call else "temporaries"
-
-        return [category(number, block) for number, block in enumerate(blocks)]
-
-    def _saved(self, blocks: list[_Block], marks: list[cpu.Mark]) -> dict[int, int]:
-        """The numbers of the blocks that were saved for backward, and the unit that saved each first."""
-        by_address: dict[int, list[int]] = {}
-        for number, block in enumerate(blocks):
-            by_address.setdefault(block.address, []).append(number)
-        saved: dict[int, int] = {}
-        for mark in marks:
-            if not mark.name.startswith("saved "):
+    def __init__(self, step: _RecordedStep, events: Sequence[Event]) -> None:
+        self._step, self._events = step, events
+        self._begin = _time_of("step", events)
+        self._end = _time_of("end", events)
+        blocks_of_events = _blocks(events)
+        self._blocks = list({id(block): block for block in blocks_of_events.values()}.values())
+        self.resident = dict.fromkeys(CATEGORIES, 0)
+        for category in ("weights", "buffers"):
+            self.resident[category] = sum(step.weights_and_buffers[category].values())
+        self.changes: list[Change] = []
+        for number, event in enumerate(events):
+            if not isinstance(event, Allocation) or number not in blocks_of_events:
                 continue
-            _, address, unit = mark.name.split()
-            for number in by_address.get(int(address), ()):
-                if blocks[number].begin_ns <= mark.time_ns < blocks[number].end_ns:
-                    saved.setdefault(number, int(unit))
+            category = self._category(blocks_of_events[number])
+            if event.time_ns < self._begin:
+                self.resident[category] += event.size
+                continue
+            name, unit = step.spans.operators[event.span] if event.span != NO_SPAN else ("", 0)
+            self.changes.append(Change(event.size, category, name, unit, (event.time_ns - self._begin) / 1000))
+
+    def tensor_peak(self) -> int:
+        """The most live bytes at the end of an operator."""
+        live = peak = sum(self._step.weights_and_buffers["weights"].values())
+        live = peak = live + sum(self._step.weights_and_buffers["buffers"].values())
+        for event in self._events:
+            if isinstance(event, Allocation):
+                live += event.size
+            elif isinstance(event, SpanEnd):
+                peak = max(peak, live)
+        return peak
+
+    def saved_by_unit(self) -> dict[int, int]:
+        """Bytes saved for backward, by the unit that saved them first."""
+        saved: Counter[int] = Counter()
+        for block in self._blocks:
+            if block.saved_by is not None and self._category(block) == "activations":
+                saved[block.saved_by] += block.size
         return saved
 
-    def unit_rows(self, blocks: list[_Block], marks: list[cpu.Mark]) -> tuple[UnitRow, ...]:
-        """A row a freeze unit, and one for the classifier; activations count where they were saved first."""
-        assert isinstance(self._module, SubModel)
-        graph = self._module.extraction.graph
-        categories = self.categories(blocks, marks)
-        activations: dict[int, int] = {}
-        for number, unit in self._saved(blocks, marks).items():
-            if categories[number] == "activations":
-                activations[unit] = activations.get(unit, 0) + blocks[number].size
-        multiply_adds = forward_multiply_adds(self._module)
-        unit_of = graph.unit_of_tensor()
-        parameters = dict(self._module.named_parameters())
-        names = {unit.index: (unit.name, unit.kind, unit.output_shape) for unit in graph.units}
-        names[graph.depth + 1] = ("classifier", "classifier", (graph.num_classes,))
-        rows = []
-        for index, (name, kind, output_shape) in names.items():
-            own = [parameter for fqn, parameter in parameters.items() if unit_of[fqn] == index]
-            states = [self._optimizer.state[p] for p in own if p in self._optimizer.state]
-            tensors = (v for state in states for v in state.values() if isinstance(v, Tensor))
-            rows.append(
-                UnitRow(
-                    index=index,
-                    name=name,
-                    kind=kind,
-                    output_shape=output_shape,
-                    parameters=sum(p.numel() for p in own),
-                    weights_bytes=sum(_storages(own).values()),
-                    activations_bytes=activations.get(index, 0),
-                    gradients_bytes=sum(_storages(p.grad for p in own).values()),
-                    optimizer_bytes=sum(_storages(tensors).values()),
-                    forward_multiply_adds=multiply_adds[index],
-                )
-            )
-        return tuple(rows)
+    def _category(self, block: _Block) -> Category:
+        # An address is used again and again: only what is there before or after the step is known by it.
+        if block.end_ns > self._end or block.begin_ns < self._begin:
+            for category, addresses in self._step.known.items():
+                if block.address in addresses:
+                    return category
+            if block.begin_ns < self._begin:
+                return "workspace"  # kept by a kernels' library
+        if block.saved_by is not None:
+            return "activations"
+        return "workspace" if block.within_one_operator else "temporaries"
 
 
-def _storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
-    """Bytes of each storage by its address; views of one storage count once."""
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+def _time_of(name: str, events: Iterable[Event]) -> int:
+    return next(event.time_ns for event in events if isinstance(event, Mark) and event.name == name)
 
 
-def _blocks(allocations: list[cpu.Allocation]) -> list[_Block]:
-    open_blocks: dict[int, cpu.Allocation] = {}
-    blocks = []
-    for event in allocations:
+def _blocks(events: Sequence[Event]) -> dict[int, _Block]:
+    """The block of each allocation and release, by the event's number; releases of what was there before have none."""
+    open_blocks: dict[int, tuple[_Block, int]] = {}
+    blocks: dict[int, _Block] = {}
+    for number, event in enumerate(events):
+        if isinstance(event, Mark) and event.name.startswith("saved "):
+            _, address, unit = event.name.split()
+            if int(address) in open_blocks:
+                block, _span = open_blocks[int(address)]
+                block.saved_by = int(unit) if block.saved_by is None else block.saved_by
+        if not isinstance(event, Allocation):
+            continue
         if event.size > 0:
-            open_blocks[event.address] = event
+            block = _Block(event.address, event.size, event.time_ns)
+            open_blocks[event.address] = (block, event.span)
         elif event.address in open_blocks:
-            begin = open_blocks.pop(event.address)
-            same_call = begin.call == event.call and bool(begin.operator)
-            blocks.append(_Block(event.address, begin.size, begin.time_ns, event.time_ns, same_call))
-    for begin in open_blocks.values():
-        blocks.append(_Block(begin.address, begin.size, begin.time_ns, _NEVER, False))
+            block, begun_in = open_blocks.pop(event.address)
+            block.end_ns, block.within_one_operator = event.time_ns, begun_in == event.span != NO_SPAN
+        else:
+            continue
+        blocks[number] = block
     return blocks
 
 
-def _peak_time(alive_before: int, allocations: list[cpu.Allocation], begin: int) -> int:
-    live, peak, peak_at = alive_before, 0, begin
-    for event in allocations:
-        live += event.size
-        if event.time_ns >= begin and live > peak:
-            peak, peak_at = live, event.time_ns
-    return peak_at
-
-
-def _operator_at(allocations: list[cpu.Allocation], time_ns: int) -> str:
-    return next((event.operator for event in allocations if event.time_ns == time_ns), "") or "(none)"
-
-
-def _timeline(alive_before: int, allocations: list[cpu.Allocation], begin: int) -> tuple[TimelinePoint, ...]:
-    live, points = alive_before, []
-    for event in allocations:
-        live += event.size
-        if event.time_ns >= begin:
-            time_us = (event.time_ns - begin) / 1000
-            points.append(TimelinePoint(time_us=time_us, live_bytes=live, operator=event.operator))
-    return tuple(points)
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage by its address; views of one storage count once."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

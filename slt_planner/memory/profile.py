@@ -1,10 +1,12 @@
-"""What a measurement says: MemoryProfile and its rows. Records only, no torch."""
+"""What a measurement or a prediction says: MemoryProfile and its rows. Records only, no torch."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from slt_planner.config import Record
+from slt_planner.config import Config, Record, StepSpec
+from slt_planner.files import read_record, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +25,11 @@ CATEGORIES: tuple[Category, ...] = (
 
 
 class UnitRow(Record):
-    """One freeze unit's part of a training step: bytes held, and multiply-adds of its forward pass a sample."""
+    """One freeze unit's part of a training step; bytes are of the whole batch, multiply-adds and FLOPs of one sample.
+
+    In `forward_multiply_adds` a multiply and its add are one, in `training_flops` they are two; both are counted by
+    torch.utils.flop_counter: convolutions and matrix products. A frozen unit trains with its forward pass alone.
+    """
 
     index: int = Field(ge=1)
     name: str
@@ -35,34 +41,95 @@ class UnitRow(Record):
     gradients_bytes: int
     optimizer_bytes: int
     forward_multiply_adds: int
+    training_flops: int | None = None
 
 
 class TimelinePoint(Record):
-    """Live bytes after one allocation or release, and the operator it happened in."""
+    """Live bytes after one allocation or release, what it was, and the operator and unit (0: none) it happened in.
 
-    time_us: float
+    `time_us` counts from the step's begin; a prediction has no times.
+    """
+
+    time_us: float | None
     live_bytes: int
+    change_bytes: int
+    category: Category
     operator: str
+    unit: int
+
+
+class ProcessMemory(Record):
+    """Resident set of a fresh process that did nothing but one step: when everything was imported, and at its most."""
+
+    before_bytes: int
+    peak_bytes: int
 
 
 class MemoryProfile(Record):
     """Peak memory of one steady training step.
 
     `peak_bytes` is on the allocator ruler: everything PyTorch's allocator had given out at the worst moment, kernels'
-    scratch included. `breakdown` is by category at that moment and adds up to it exactly.
+    scratch included. `breakdown` is by category at that moment and adds up to it exactly; `resident` is the same at the
+    step's begin, before the batch. `tensor_peak_bytes` is on the tensor ruler: live storages at the end of an operator.
+
+    A prediction is `exact` when every operator's scratch memory is known on this device; otherwise `peak_bytes` is the
+    tensor peak, and `missing` names the operators.
+
+    On CUDA `requested_bytes` are what tensors and kernels asked for, `peak_bytes` the blocks they got, and
+    `reserved_bytes` what the allocator holds of the device.
     """
 
+    schema_version: Literal[1] = 1
+    model: str | None = None
+    config: Config | None = None
+    spec: StepSpec | None = None
     peak_bytes: int
+    tensor_peak_bytes: int | None = None
     peak_operator: str
+    peak_unit: int = 0
     device: str
-    source: Literal["MEASURED"] = "MEASURED"
+    source: Literal["MEASURED", "PREDICTED"] = "MEASURED"
+    exact: bool = True
+    missing: tuple[str, ...] = ()
     batch_size: int
     breakdown: dict[Category, int]
+    resident: dict[Category, int] | None = None
+    requested_bytes: int | None = None
+    reserved_bytes: int | None = None
+    process: ProcessMemory | None = None
+    environment: dict[str, str] | None = None
     units: tuple[UnitRow, ...] = ()
     timeline: tuple[TimelinePoint, ...] = ()
+
+    @model_validator(mode="after")
+    def _sums_hold(self) -> "MemoryProfile":
+        if sum(self.breakdown.values()) != self.peak_bytes:
+            raise ValueError("the breakdown does not add up to the peak")
+        return self
 
     def frame(self) -> "pd.DataFrame":
         """The unit rows as a table, a column a field of `UnitRow`."""
         import pandas as pd
 
         return pd.DataFrame([row.model_dump() for row in self.units])
+
+    def unit_name(self, index: int) -> str:
+        """A unit's name by its number; "" where the profile has no rows or the number is no unit's."""
+        return next((row.name for row in self.units if row.index == index), "")
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write the profile as JSON, whole or not at all.
+
+        Raises:
+            InputError: the file exists and `force` is False, or its folder cannot be written.
+        """
+        write_text(path, self.model_dump_json(exclude_none=True) + "\n", force=force)
+
+
+def load_profile(path: str | Path) -> MemoryProfile:
+    """Read and check a saved profile.
+
+    Raises:
+        InputError: missing, not JSON, or not a valid profile; the message names the first offending field.
+    """
+    return read_record(path, MemoryProfile, "profile", "slt profile")

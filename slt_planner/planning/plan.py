@@ -1,14 +1,12 @@
 """plan.json: the records of a plan, read and written. Plans are data, never code; no torch here."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from slt_planner.config import MAX_BATCH, Config, Record, StepSettings, StepSpec
-from slt_planner.errors import InputError, first_invalid
-from slt_planner.files import write_text
+from slt_planner.files import read_record, write_text
 from slt_planner.memory.profile import Category, MemoryProfile
 from slt_planner.units import LARGEST_BYTES
 
@@ -178,17 +176,4 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         InputError: missing, not JSON, or not a valid plan; the message names the first offending field.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"plan {path}: cannot be read ({reason}); make one with slt-plan") from error
-    try:
-        return Plan.model_validate(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise InputError(f"plan {path}: not JSON (line {error.lineno}: {error.msg})") from error
-    except ValidationError as error:
-        raise InputError(f"plan {path}: {first_invalid(error)}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-        raise InputError(f"plan {path}: not a plan ({str(error).splitlines()[0]})") from error
+    return read_record(path, Plan, "plan", "slt-plan")

@@ -56,7 +56,7 @@ class SubModel(nn.Module):
         for fqn, tensor in tensors.items():
             _put_tensor(self, fqn, tensor, persistent=fqn in stored)
         self._programs = _Programs(programs)
-        self._forwards = {mode: self._compiled(program) for mode, program in programs.items()}
+        self._forwards: dict[bool, Forward] = {}
         self.train()
 
     def _compiled(self, program: fx.Graph) -> Forward:
@@ -70,6 +70,8 @@ class SubModel(nn.Module):
 
     def run_traced(self, *inputs: Any) -> Any:
         """The part that was traced and cut; usually all of the network."""
+        if self.training not in self._forwards:
+            self._forwards[self.training] = self._compiled(self._programs.by_mode[self.training])
         outputs = self._forwards[self.training](self, *inputs)
         return pytree.tree_unflatten(list(outputs), self.extraction.graph.programs[self.training].structure)
 
@@ -93,6 +95,13 @@ class SubModel(nn.Module):
             if norm and f"{fqn}.running_mean" in self.extraction.frozen:
                 module.eval()
         return self
+
+    def first_call_in(self, dtype: torch.dtype) -> str:
+        """The first call of the training program that names this number format; empty if there is none."""
+        nodes = self._programs.by_mode[True].nodes
+        return next(
+            (n.name for n in nodes if any(leaf is dtype for leaf in pytree.tree_leaves((n.args, n.kwargs)))), ""
+        )
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a client sends back: trained parameters, and buffers beside them, by fqn; views, not copies."""
@@ -138,6 +147,7 @@ def extract(
     model: nn.Module | Mapping[str, Tensor] | None,
     config: Config,
     norms: Norms = "static",
+    on_meta: bool = False,
 ) -> SubModel:
     """Cut a trainable sub-model out of a network (METHOD: units and widths).
 
@@ -146,6 +156,7 @@ def extract(
         model: the network, or its state dict, to copy values from; None fills in values of its own, for measuring.
         config: what is frozen, trained at full width, and scaled.
         norms: ``static`` (batch statistics always) or ``running``.
+        on_meta: leave the sub-model on the meta device, without values; nothing of its size is allocated.
 
     Raises:
         InputError: `model` does not have the graph's parameters, or the configuration goes beyond its units.
@@ -161,7 +172,7 @@ def extract(
     dropped = {mode: _dropped(graph, config, mode) for mode in graph.programs}
     indices = _tensor_indices(graph, cuts, dropped)
     constants = {**graph.constants, **(dict(model.named_buffers()) if isinstance(model, nn.Module) else {})}
-    values = _Values(graph, indices, _checked_state(graph, model), constants)
+    values = _Values(graph, indices, _checked_state(graph, model), constants, on_meta)
     units = graph.unit_of_tensor()
     frozen = frozenset(name for name, unit in units.items() if unit <= config.freeze_depth)
     modules, tensors = {}, {}
@@ -247,8 +258,10 @@ class _Values:
         indices: Mapping[str, Index],
         state: Mapping[str, Tensor] | None,
         constants: Mapping[str, Tensor],
+        on_meta: bool,
     ) -> None:
         self._graph, self._indices, self._state, self._constants = graph, indices, state, constants
+        self._on_meta = on_meta
         self._made: dict[str, Tensor] = {}
         self._random = torch.Generator().manual_seed(0)  # a detector's shapes depend on made-up values too
 
@@ -258,7 +271,9 @@ class _Values:
         if name not in self._made:
             like = self._graph.tensor(name)
             index = self._indices.get(name, ())
-            if self._state is not None and name in self._state:
+            if self._on_meta:
+                value = torch.empty(shape_of(index, like.shape), dtype=like.dtype, device="meta")
+            elif self._state is not None and name in self._state:
                 value = take(self._state[name], index)
             elif name in self._constants:
                 value = take(self._constants[name], index)

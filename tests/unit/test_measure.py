@@ -7,7 +7,7 @@ from torch import nn
 from slt_planner.config import Config, Optimizer, StepSpec
 from slt_planner.errors import InputError
 from slt_planner.graph.trace import trace
-from slt_planner.memory import cpu
+from slt_planner.memory import recording
 from slt_planner.memory.flops import training_flops
 from slt_planner.memory.measure import measure
 from slt_planner.models.registry import load_model
@@ -158,13 +158,14 @@ def test_shared_weights_count_once():
 
 def test_recording_sees_what_is_given_out_and_taken_back():
     def work():
-        cpu.mark("begin")
+        recording.mark("begin")
         kept.append(torch.zeros(1000))
         torch.zeros(500).add_(1)
 
     kept = []
-    allocations, marks = cpu.record(work)
-    assert [mark.name for mark in marks] == ["begin"]
+    events = recording.record(work)
+    assert [event.name for event in events if isinstance(event, recording.Mark)] == ["begin"]
+    allocations = [event for event in events if isinstance(event, recording.Allocation)]
     sizes = [event.size for event in allocations if abs(event.size) >= 2000]
     assert sizes == [4000, 2000, -2000]
     assert sum(event.size for event in allocations) == 4000

@@ -1,0 +1,123 @@
+"""Which freeze unit each operator of a training step belongs to, and how much arithmetic each unit does."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import flop_registry
+
+from slt_planner.memory.operators import tensors_in
+from slt_planner.memory.profile import UnitRow
+from slt_planner.memory.step import SteadyStep
+from slt_planner.submodel.extract import SubModel
+
+_FIRST_ACCUMULATION = 2**62  # sequence numbers of nodes that add up gradients are larger than any other's
+
+
+class Attribution:
+    """Follows one step of a sub-model operator by operator; of any other module all is in unit 0.
+
+    It does not hold the step, so that what the forward pass calls does not hold the network.
+    """
+
+    def __init__(self) -> None:
+        self.forward_flops: Counter[int] = Counter()
+        self.flops: Counter[int] = Counter()
+        self._unit = 0
+        self._enters: list[tuple[int, int]] = [(0, 0)]  # from this autograd sequence number on: this unit
+        self._unit_of: dict[int, int] = {}
+        self._in_optimizer = False
+
+    def begin(self, step: SteadyStep) -> None:
+        """The step that is run next is the one that is followed; the optimizer's state must be there."""
+        if isinstance(step.module, SubModel):
+            units = step.module.extraction.graph.unit_of_tensor()
+            for name, parameter in step.module.named_parameters():
+                for tensor in (parameter, *step.state_of(parameter)):
+                    self._unit_of[id(tensor)] = units[name]
+        step.optimizer.register_step_pre_hook(self._begin_optimizer)
+
+    @property
+    def unit(self) -> int:
+        """The unit that the step is in."""
+        return self._unit
+
+    def following(self, module: nn.Module) -> AbstractContextManager[None]:
+        """While this lasts, forward passes of the module are followed from unit to unit."""
+        return module.following_units(self._enter) if isinstance(module, SubModel) else nullcontext()
+
+    def operator(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """The unit of an operator that is about to be called."""
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            self._unit = self._backward_unit(node)
+        elif self._in_optimizer:
+            own = {self._unit_of[id(t)] for t in tensors_in(args, kwargs) if id(t) in self._unit_of}
+            if own:
+                self._unit = own.pop() if len(own) == 1 else 0
+        return self._unit
+
+    def called(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> None:
+        """Count the arithmetic of an operator that was called."""
+        count = flop_registry.get(getattr(function, "_overloadpacket", None))
+        if count is not None:
+            flops = count(*args, **kwargs, out_val=outputs)
+            self.flops[self._unit] += flops
+            if torch._C._current_autograd_node() is None:
+                self.forward_flops[self._unit] += flops
+
+    def _enter(self, unit: int) -> None:
+        self._unit = unit
+        self._enters.append((torch.autograd._get_sequence_nr(), unit))
+
+    def _backward_unit(self, node: Any) -> int:
+        number = node._sequence_nr()
+        if number >= _FIRST_ACCUMULATION:
+            return self._unit_of.get(id(node.variable), self._unit)
+        return self._enters[bisect_right(self._enters, number, key=lambda entry: entry[0]) - 1][1]
+
+    def _begin_optimizer(self, *_: Any) -> None:
+        self._in_optimizer = True
+
+
+def unit_rows(
+    step: SteadyStep, attribution: Attribution, activations: Mapping[int, int], batch_size: int
+) -> tuple[UnitRow, ...]:
+    """A row a freeze unit and one for the classifier; `activations` are bytes by the unit that saved them first."""
+    if not isinstance(step.module, SubModel):
+        return ()
+    graph = step.module.extraction.graph
+    unit_of = graph.unit_of_tensor()
+    parameters: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in step.module.named_parameters():
+        parameters.setdefault(unit_of[name], []).append(parameter)
+    names = {unit.index: (unit.name, unit.kind, unit.output_shape) for unit in graph.units}
+    names[graph.depth + 1] = ("classifier", "classifier", (graph.num_classes,))
+    rows = []
+    for index, (name, kind, output_shape) in names.items():
+        own = parameters.get(index, [])
+        rows.append(
+            UnitRow(
+                index=index,
+                name=name,
+                kind=kind,
+                output_shape=output_shape,
+                parameters=sum(p.numel() for p in own),
+                weights_bytes=storage_bytes(own),
+                activations_bytes=activations.get(index, 0),
+                gradients_bytes=storage_bytes([p.grad for p in own if p.grad is not None]),
+                optimizer_bytes=storage_bytes([tensor for p in own for tensor in step.state_of(p)]),
+                forward_multiply_adds=attribution.forward_flops[index] // 2 // batch_size,
+                training_flops=attribution.flops[index] // batch_size,
+            )
+        )
+    return tuple(rows)
+
+
+def storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of the storages of tensors, each once however many views it has."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

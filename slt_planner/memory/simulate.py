@@ -1,0 +1,214 @@
+"""A training step without values: every operator called, nothing computed, the life of every storage followed."""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slt_planner.config import Config, StepSpec
+from slt_planner.errors import UnsupportedLayerError
+from slt_planner.graph.trace import ModelGraph
+from slt_planner.memory.attribution import Attribution, unit_rows
+from slt_planner.memory.operators import Hollow, Operator, TensorSpec, operator_of
+from slt_planner.memory.profile import Category, UnitRow
+from slt_planner.memory.step import SteadyStep, as_trained
+from slt_planner.submodel.extract import extract
+
+_PROFILER = (
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+)
+_LIFT = torch.ops.aten.lift_fresh.default
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_FOR_EVER = 2**62
+
+
+@dataclass
+class Storage:
+    """A storage of `size` bytes that comes with operator number `begin` (-1: before the step) and goes before `end`."""
+
+    size: int
+    begin: int
+    end: int = _FOR_EVER
+    category: Category = "temporaries"
+    saved_by: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator of the step, its unit, and the bytes that are live as it begins and when it is done."""
+
+    operator: Operator
+    unit: int
+    live_before: int
+    live_after: int
+
+
+@dataclass
+class SimulatedStep:
+    """Every operator of a steady step in order, every storage that is alive in it, and a row a unit if asked for."""
+
+    calls: list[Call] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
+    units: tuple[UnitRow, ...] = ()
+
+
+def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -> SimulatedStep:
+    """Run a steady step of a sub-model on tensors without values.
+
+    Raises:
+        UnsupportedLayerError: what the step does depends on values, so that it must be measured.
+        InputError: the configuration goes beyond the network's units.
+    """
+    if graph.adapter.part:
+        raise UnsupportedLayerError("the network's shapes depend on data: its memory can be measured, not predicted")
+    module = as_trained(extract(graph, None, config, spec.norms, on_meta=True), spec)
+    _make_hollow(module, torch.device("cuda:0" if spec.device == "cuda" else "cpu"))
+    step = SteadyStep(module, spec, graph.input_shape, graph.num_classes, graph.adapter)
+    attribution = Attribution()
+    watch = _Watch(attribution if details else None)
+    watch.hold(step.tensors())
+    with watch:
+        step.prepare()
+        watch.hold(step.tensors())
+        watch.forget_calls()
+        attribution.begin(step)
+        hooks = torch.autograd.graph.saved_tensors_hooks(watch.say_saved, lambda tensor: tensor)
+        if details:
+            with hooks, attribution.following(module):
+                step.run(watch.hold)
+        else:
+            with hooks:
+                step.run(watch.hold)
+    if details:
+        watch.step.units = unit_rows(step, attribution, watch.saved_by_unit(), spec.batch_size)
+    return watch.step
+
+
+def _make_hollow(module: nn.Module, device: torch.device) -> None:
+    """Turn parameters and buffers on the meta device into hollow ones on another, shared ones staying shared."""
+    made: dict[int, Hollow] = {}
+
+    def hollow(tensor: Tensor) -> Hollow:
+        if id(tensor) not in made:
+            made[id(tensor)] = own = Hollow.of(replace(TensorSpec.of(tensor), device=device))
+            own.requires_grad_(tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter):
+                own._is_param = True  # as nn.Parameter does with a tensor of another class
+        return made[id(tensor)]
+
+    for part in module.modules():
+        own: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in own:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = hollow(tensor)
+
+
+class _Life(weakref.ref):
+    """A storage's record, and what is told when the storage goes."""
+
+    record: Storage
+
+
+class _Watch(TorchDispatchMode):
+    """Answers every operator with what it gives, and follows the storages."""
+
+    def __init__(self, attribution: Attribution | None) -> None:
+        super().__init__()
+        self.step = SimulatedStep()
+        self._attribution = attribution
+        self._live = 0
+        self._lives: dict[int, _Life] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and guarding against it takes time
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ITEM:
+            return self._item()
+        if func in _PROFILER:
+            return func(*args)
+        kwargs = kwargs or {}
+        unit = self._attribution.operator(func, args, kwargs) if self._attribution else 0
+        live_before = self._live
+        try:
+            operator = operator_of(func, args, kwargs)
+        except DataDependentOutputException as error:
+            raise UnsupportedLayerError(f"{func}: its result depends on values; measure the step instead") from error
+        if func is _LIFT:  # what is made of Python's numbers arrives as a real tensor
+            outputs = Hollow.of(TensorSpec.of(args[0]))
+        elif operator.changes_shapes:
+            outputs = operator.reshape_in_place(args, kwargs)
+        else:
+            outputs = operator.outputs(args, kwargs)
+        if operator.new_bytes or func is _LIFT:
+            for leaf in (outputs,) if isinstance(outputs, Tensor) else pytree.tree_leaves(outputs):
+                if isinstance(leaf, Tensor):
+                    self._follow(leaf)
+        self.step.calls.append(Call(operator, unit, live_before, self._live))
+        if self._attribution:
+            self._attribution.called(func, args, kwargs, outputs)
+        return outputs
+
+    def _item(self) -> float:
+        """The optimizer's count of steps is the only value that a step may look at."""
+        if torch._C._current_autograd_node() is not None:
+            raise UnsupportedLayerError("the backward pass looks at values; measure the step instead")
+        return 1.0
+
+    def _follow(self, tensor: Tensor) -> Storage:
+        storage = tensor.untyped_storage()
+        life = self._lives.get(storage._cdata)
+        if life is None:
+            record = Storage(storage.nbytes(), len(self.step.calls))
+            life = _Life(storage, self._gone(storage._cdata))
+            life.record = record
+            self._lives[storage._cdata] = life
+            self.step.storages.append(record)
+            self._live += record.size
+        return life.record
+
+    def _gone(self, address: int) -> Any:
+        def gone(life: _Life) -> None:
+            life.record.end = len(self.step.calls)
+            self._live -= life.record.size
+            del self._lives[address]
+
+        return gone
+
+    def hold(self, tensors: Mapping[Category, list[Tensor]]) -> None:
+        """Say what these tensors are."""
+        for category, own in tensors.items():
+            for tensor in own:
+                self._follow(tensor).category = category
+
+    def say_saved(self, tensor: Tensor) -> Tensor:
+        """Note that a tensor is saved for backward; what is saved is an alias."""
+        record = self._follow(tensor)
+        if record.saved_by is None:
+            record.saved_by = self._attribution.unit if self._attribution else 0
+        return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
+
+    def forget_calls(self) -> None:
+        """The step begins here: what is alive was there before."""
+        self.step.calls.clear()
+        alive = [life.record for life in self._lives.values()]
+        for record in alive:
+            record.begin = -1
+        self.step.storages[:] = alive
+
+    def saved_by_unit(self) -> dict[int, int]:
+        """Bytes saved for backward, by the unit that saved them first."""
+        saved: dict[int, int] = {}
+        for record in self.step.storages:
+            if record.saved_by is not None and record.category == "temporaries":
+                saved[record.saved_by] = saved.get(record.saved_by, 0) + record.size
+        return saved

@@ -1,0 +1,60 @@
+"""From changes of live bytes, in order, to the peak, what it consists of, and a timeline."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from slt_planner.memory.profile import CATEGORIES, Category, TimelinePoint
+
+
+@dataclass(frozen=True)
+class Change:
+    """Bytes that come to life (negative: go), what they are, and the operator and unit (0: none) it happens in."""
+
+    size: int
+    category: Category
+    operator: str
+    unit: int
+    time_us: float | None = None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment with the most live bytes; `breakdown` adds up to `size`."""
+
+    size: int
+    breakdown: dict[Category, int]
+    operator: str
+    unit: int
+
+
+def find_peak(resident: Mapping[Category, int], changes: Iterable[Change]) -> Peak:
+    """The first moment with the most live bytes, from what is there at the begin."""
+    live = dict.fromkeys(CATEGORIES, 0) | dict(resident)
+    now = sum(live.values())
+    peak = Peak(now, dict(live), "(none)", 0)
+    most = now
+    for change in changes:
+        now += change.size
+        live[change.category] += change.size
+        if now > most:
+            most = now
+            peak = Peak(now, dict(live), change.operator or "(none)", change.unit)
+    return peak
+
+
+def timeline(resident: Mapping[Category, int], changes: Iterable[Change]) -> tuple[TimelinePoint, ...]:
+    """A point a change."""
+    live, points = sum(resident.values()), []
+    for change in changes:
+        live += change.size
+        points.append(
+            TimelinePoint(
+                time_us=change.time_us,
+                live_bytes=live,
+                change_bytes=change.size,
+                category=change.category,
+                operator=change.operator,
+                unit=change.unit,
+            )
+        )
+    return tuple(points)
