@@ -15,13 +15,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 if TYPE_CHECKING:
     from slt_planner.config import Config, Optimizer, StepSpec, Tier
-    from slt_planner.errors import InfeasibleError, InputError, SltError, UnsupportedLayerError
+    from slt_planner.errors import BudgetExceeded, InfeasibleError, InputError, SltError, UnsupportedLayerError
     from slt_planner.federated.experiment import train
     from slt_planner.federated.result import RunResult
     from slt_planner.federated.run_folder import load_run
     from slt_planner.graph.adapter import Adapter
     from slt_planner.graph.trace import ModelGraph, trace
     from slt_planner.memory.calibrate import Calibration, calibrate
+    from slt_planner.memory.limit import memory_limit
     from slt_planner.memory.measure import measure
     from slt_planner.memory.predict import predict
     from slt_planner.memory.profile import MemoryProfile, load_profile
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "graph.adapter",
     "Config": "config",
+    "BudgetExceeded": "errors",
     "Calibration": "memory.calibrate",
     "InfeasibleError": "errors",
     "InputError": "errors",
@@ -55,6 +57,7 @@ _HOME = {
     "load_plan": "planning.plan",
     "load_run": "federated.run_folder",
     "measure": "memory.measure",
+    "memory_limit": "memory.limit",
     "merge": "submodel.merge",
     "predict": "memory.predict",
     "report": "reporting.report",
@@ -65,6 +68,7 @@ _HOME = {
 
 __all__ = [
     "Adapter",
+    "BudgetExceeded",
     "Calibration",
     "Config",
     "InfeasibleError",
@@ -86,6 +90,7 @@ __all__ = [
     "load_profile",
     "load_run",
     "measure",
+    "memory_limit",
     "merge",
     "predict",
     "report",

@@ -27,6 +27,26 @@ class UnsupportedLayerError(InputError):
     """The network holds a layer or operation that has no width rule; nothing is guessed."""
 
 
+class BudgetExceeded(SltError):  # noqa: N818 - the name is part of the public API
+    """A training step would need more memory than its limit; raised before the operator that would."""
+
+    exit_code = 3
+
+    def __init__(
+        self, operator: str, unit: str, asked_bytes: int, live_bytes: int, budget_bytes: int, calibrated: bool
+    ) -> None:
+        self.operator, self.unit = operator, unit
+        self.asked_bytes, self.live_bytes, self.budget_bytes = asked_bytes, live_bytes, budget_bytes
+        self.calibrated = calibrated
+        where = f"{operator} in {unit}" if unit else operator
+        over = live_bytes + asked_bytes - budget_bytes
+        unknown = "" if calibrated else "; its scratch memory is not known here (calibrate), it comes on top"
+        super().__init__(
+            f"{where} asks for {asked_bytes:,} bytes while {live_bytes:,} are alive: "
+            f"{over:,} over the budget of {budget_bytes:,}{unknown}"
+        )
+
+
 class InfeasibleError(SltError):
     """No tier's budget admits a schedule."""
 

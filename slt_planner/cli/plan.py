@@ -35,8 +35,9 @@ def plan(
         typer.Option(help="Batch norms: static (batch statistics always) or running."),
     ] = "static",
     memory_format: Annotated[str, typer.Option(help="contiguous or channels_last.")] = "contiguous",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or autocast (fp32 with a bf16 forward pass).")] = "fp32",
     threads: Annotated[int | None, typer.Option(help="CPU threads; scratch memory depends on them.")] = None,
-    device: Annotated[str, typer.Option(help="Where steps are measured: cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where steps are measured: cpu or cuda.")] = "cpu",
     policy: Annotated[
         str,
         typer.Option(help="coupled: all tiers share depth and head scale of a stage."),
@@ -67,6 +68,7 @@ def plan(
         optimizer={"name": optimizer, "weight_decay": weight_decay},
         norms=norms,
         memory_format=memory_format,
+        precision=precision,
         threads=threads,
         device=device,
     )

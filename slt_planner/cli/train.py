@@ -44,6 +44,9 @@ def train(
     partition: Annotated[str, typer.Option(help="How images are split over clients: iid or dirichlet:ALPHA.")] = "iid",
     seed: Annotated[int, typer.Option(help="Of initial weights, split, cohorts and batches.")] = 0,
     out: Annotated[Path | None, typer.Option(help="The run folder [runs/DATE-TIME].")] = None,
+    enforce: Annotated[
+        bool, typer.Option("--enforce", help="Run clients under their tier's budget: a step that would pass it fails.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing run folder.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
@@ -65,6 +68,7 @@ def train(
         "final_learning_rate": final_learning_rate,
         "partition": partition,
         "seed": seed,
+        "enforce": enforce,
     }
     check_writable([out / METRICS])
     results = _run_all(loaded, model, strategies, given, fixed, out, force, progress_console)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 from slt_planner.config import StepSettings
 from slt_planner.data.augment import random_crop_flip
 from slt_planner.data.datasets import Dataset, normalise
-from slt_planner.memory.step import make_optimizer, memory_format, training_step
+from slt_planner.memory.limit import memory_limit
+from slt_planner.memory.step import as_batch, make_optimizer, training_step
 from slt_planner.submodel.extract import SubModel
 
 
@@ -23,21 +25,35 @@ class LocalTraining:
     batch_size: int
     epochs: int
     learning_rate: float
+    enforce: bool = False
 
 
-def train_client(model: SubModel, dataset: Dataset, indices: np.ndarray, training: LocalTraining, seed: int) -> float:
+def train_client(
+    model: SubModel,
+    dataset: Dataset,
+    indices: np.ndarray,
+    training: LocalTraining,
+    seed: int,
+    budget_bytes: int | None = None,
+) -> float:
     """Train a sub-model in place on the training images `indices`, with a fresh optimizer; gives the mean loss.
 
-    All randomness (order, augmentation, dropout) derives from `seed`.
+    The sub-model is in the step's number and memory format. All randomness (order, augmentation, dropout) derives from
+    `seed`. With a budget, a step that would pass it raises BudgetExceeded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
-        model.to(memory_format=memory_format(training.step)).train()
+        model.train()
         optimizer = make_optimizer(model.parameters(), training.step.optimizer, training.learning_rate)
         adapter, total, images = model.extraction.graph.adapter, torch.zeros(()), 0
+        limit: AbstractContextManager[object] = nullcontext()
+        if budget_bytes is not None:
+            limit = memory_limit(budget_bytes, model, optimizer)
         for batch, labels in local_batches(dataset, indices, training, generator):
-            total += training_step(model, optimizer, batch, labels, training.step, adapter) * len(batch)
+            with limit:
+                loss = training_step(model, optimizer, batch, labels, training.step, adapter)
+            total += loss * len(batch)
             images += len(batch)
     return float(total) / images
 
@@ -63,7 +79,7 @@ def _batch(dataset: Dataset, chosen: Tensor, step: StepSettings, generator: torc
     images = dataset.train_images[chosen]
     if dataset.augment:
         images = random_crop_flip(images, generator)
-    return normalise(images, dataset).to(memory_format=memory_format(step))
+    return as_batch(normalise(images, dataset), step)
 
 
 def client_seed(seed: int, round_number: int, client: int) -> int:

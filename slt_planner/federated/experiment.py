@@ -108,7 +108,7 @@ def run_round(run: Run, state: ServerState) -> tuple[ServerState, RoundRow]:
     settings, strategy, step, number = run.settings, run.strategy, run.plan.step, state.round + 1
     cohort = draw_cohort(run, state)
     rate = learning_rate(number, settings.rounds, settings.learning_rate, settings.final_learning_rate)
-    training = LocalTraining(step, settings.local_batch, settings.local_epochs, rate)
+    training = LocalTraining(step, settings.local_batch, settings.local_epochs, rate, settings.enforce)
     stage, config, log = strategy.stage(state), strategy.evaluation_config(state), RoundLog()
     measured = {
         tier.name: run.client_peaks[strategy.client_config(state, tier.name)]
@@ -144,14 +144,17 @@ def _finite(number: float) -> float | None:
 
 def draw_cohort(run: Run, state: ServerState) -> Sequence[Assignment]:
     """This round's clients, in the order their updates are folded; those whose tier sits out are not drawn."""
-    names = [tier.name for tier in run.plan.tiers]
-    eligible = [client for client, tier in enumerate(run.tier_of) if run.strategy.tier_configs(names[tier])]
+    tiers = run.plan.tiers
+    eligible = [client for client, tier in enumerate(run.tier_of) if run.strategy.tier_configs(tiers[tier].name)]
     random = np.random.default_rng([run.settings.seed, _COHORT_STREAM, state.round + 1])
     drawn = random.choice(eligible, size=min(run.settings.cohort_size, len(eligible)), replace=False)
-    return [
-        Assignment(int(client), run.strategy.client_config(state, names[run.tier_of[client]]), run.images_of[client])
-        for client in drawn
-    ]
+
+    def assignment(client: int) -> Assignment:
+        tier = tiers[run.tier_of[client]]
+        config = run.strategy.client_config(state, tier.name)
+        return Assignment(client, config, run.images_of[client], tier.budget_bytes)
+
+    return [assignment(int(client)) for client in drawn]
 
 
 def judge(run: Run, state: ServerState) -> dict[str, object]:

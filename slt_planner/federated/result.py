@@ -16,7 +16,7 @@ class RunSettings(Record):
 
     `dataset` is what was given (``digits``, ``parquet:DIR`` or ``masks:DIR``), `partition` ``iid`` or
     ``dirichlet:ALPHA``. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
-    rounds.
+    rounds. With `enforce` clients train under their tier's budget.
     """
 
     strategy: Literal["slt", "small"]
@@ -30,6 +30,7 @@ class RunSettings(Record):
     final_learning_rate: float = Field(default=0.01, ge=0)
     partition: str = "iid"
     seed: int = Field(default=0, ge=0, lt=2**32)
+    enforce: bool = False
 
 
 class RoundRow(Record):

@@ -16,6 +16,7 @@ from slt_planner.federated.strategies.base import ServerState, Strategy, init
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.federated.strategies.small import SmallNetwork
 from slt_planner.graph.trace import ModelGraph, trace
+from slt_planner.memory.calibrate import calibrate
 from slt_planner.memory.measure import measure
 from slt_planner.memory.step import threads
 from slt_planner.models.registry import is_reference, load_model
@@ -153,6 +154,8 @@ def deal_clients(plan: Plan, settings: RunSettings) -> tuple[int, ...]:
 
 
 def _check_settings(plan: Plan, settings: RunSettings) -> None:
+    if plan.step.device != "cpu":
+        raise InputError(f"the plan is for {plan.step.device}; federated runs are on cpu")
     if settings.local_batch > plan.batch_size:
         raise InputError(
             f"local batch {settings.local_batch} needs more memory than the plan's {plan.batch_size}; "
@@ -163,13 +166,18 @@ def _check_settings(plan: Plan, settings: RunSettings) -> None:
 
 
 def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy: Strategy) -> dict[Config, int]:
-    """The measured step of every configuration at the local batch; one over its tier's budget is an error."""
+    """The measured step of every configuration at the local batch; one over its tier's budget is an error.
+
+    Where budgets are enforced, its operators are calibrated too.
+    """
     spec = StepSpec(batch_size=settings.local_batch, **plan.step.model_dump())
     peaks: dict[Config, int] = {}
     for tier in plan.tiers:
         for config in strategy.tier_configs(tier.name):
             if config not in peaks:
                 peaks[config] = measure(extract(graph, None, config, spec.norms), spec, details=False).peak_bytes
+            if settings.enforce:
+                calibrate(graph, [config], spec)
             if peaks[config] > tier.budget_bytes:
                 raise InfeasibleError(
                     f"tier {tier.name}: a step of {config} at batch {spec.batch_size} needs "

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
 
 from slt_planner.memory.operators import tensors_in
 from slt_planner.memory.profile import UnitRow
-from slt_planner.memory.step import SteadyStep
+from slt_planner.memory.step import SteadyStep, state_of
 from slt_planner.submodel.extract import SubModel
 
 _FIRST_ACCUMULATION = 2**62  # sequence numbers of nodes that add up gradients are larger than any other's
 
 
 class Attribution:
-    """Follows one step of a sub-model operator by operator; of any other module all is in unit 0.
+    """Follows training steps of a sub-model operator by operator; of any other module all is in unit 0.
 
-    It does not hold the step, so that what the forward pass calls does not hold the network.
+    It does not hold the module: what a forward pass calls must not hold the network.
     """
 
     def __init__(self) -> None:
@@ -31,15 +32,23 @@ class Attribution:
         self._enters: list[tuple[int, int]] = [(0, 0)]  # from this autograd sequence number on: this unit
         self._unit_of: dict[int, int] = {}
         self._in_optimizer = False
+        self._by_parameters = False
 
-    def begin(self, step: SteadyStep) -> None:
-        """The step that is run next is the one that is followed; the optimizer's state must be there."""
-        if isinstance(step.module, SubModel):
-            units = step.module.extraction.graph.unit_of_tensor()
-            for name, parameter in step.module.named_parameters():
-                for tensor in (parameter, *step.state_of(parameter)):
+    def begin(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer | None, by_parameters: bool = False
+    ) -> RemovableHandle | None:
+        """The steps that follow are those of this module and optimizer, whose state must be there.
+
+        With `by_parameters` a unit is entered with the first operator that takes one of its parameters; otherwise when
+        a forward pass says so (`following`). Gives the handle of a hook on the optimizer.
+        """
+        self._by_parameters = by_parameters
+        if isinstance(module, SubModel):
+            units = module.extraction.graph.unit_of_tensor()
+            for name, parameter in module.named_parameters():
+                for tensor in (parameter, *state_of(optimizer, parameter)):
                     self._unit_of[id(tensor)] = units[name]
-        step.optimizer.register_step_pre_hook(self._begin_optimizer)
+        return optimizer.register_step_pre_hook(self._begin_optimizer) if optimizer else None
 
     @property
     def unit(self) -> int:
@@ -55,10 +64,14 @@ class Attribution:
         node = torch._C._current_autograd_node()
         if node is not None:
             self._unit = self._backward_unit(node)
-        elif self._in_optimizer:
+        elif self._in_optimizer or self._by_parameters:
             own = {self._unit_of[id(t)] for t in tensors_in(args, kwargs) if id(t) in self._unit_of}
             if own:
-                self._unit = own.pop() if len(own) == 1 else 0
+                unit = own.pop() if len(own) == 1 else 0
+                if self._in_optimizer:
+                    self._unit = unit
+                elif unit != self._unit:
+                    self._enter(unit)
         return self._unit
 
     def called(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> None:
@@ -71,6 +84,9 @@ class Attribution:
                 self.forward_flops[self._unit] += flops
 
     def _enter(self, unit: int) -> None:
+        if self._in_optimizer:  # the next step has begun
+            self._in_optimizer = False
+            self._enters = [(0, 0)]
         self._unit = unit
         self._enters.append((torch.autograd._get_sequence_nr(), unit))
 
@@ -110,7 +126,7 @@ def unit_rows(
                 weights_bytes=storage_bytes(own),
                 activations_bytes=activations.get(index, 0),
                 gradients_bytes=storage_bytes([p.grad for p in own if p.grad is not None]),
-                optimizer_bytes=storage_bytes([tensor for p in own for tensor in step.state_of(p)]),
+                optimizer_bytes=storage_bytes([tensor for p in own for tensor in state_of(step.optimizer, p)]),
                 forward_multiply_adds=attribution.forward_flops[index] // 2 // batch_size,
                 training_flops=attribution.flops[index] // batch_size,
             )

@@ -1,29 +1,18 @@
 """Learning operators' scratch memory: each new signature is run once alone on this device, and kept on disk."""
 
-import os
-import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import islice
-from pathlib import Path
 
-import platformdirs
 import torch
 
 from slt_planner.config import Config, StepSpec
-from slt_planner.environment import processor
-from slt_planner.errors import InputError
 from slt_planner.graph.trace import ModelGraph
-from slt_planner.memory import cuda, recording
-from slt_planner.memory.operators import Operator
+from slt_planner.memory import cuda, known, recording
+from slt_planner.memory.operators import Operator, forget
 from slt_planner.memory.recording import Event, Mark
 from slt_planner.memory.simulate import simulate
-from slt_planner.memory.step import device_name, threads
-
-CACHE_VARIABLE = "SLT_CACHE"
+from slt_planner.memory.step import threads
 
 _AT_ONCE = 64
 
@@ -68,31 +57,42 @@ def calibrate(
     True
     """
     cuda.check(spec.device)
-    began = time.perf_counter()
+    began, learned, total = time.perf_counter(), 0, 0
     with threads(spec) as number, torch.random.fork_rng(devices=[]):
-        machine = _machine(spec, number)
-        operators = {
-            call.operator.signature: call.operator
-            for config in configs
-            for call in simulate(graph, config, spec, details=False).calls
-            if not call.operator.gives_views_only
-        }
-        growths = _load(machine)
-        new = iter([operator for signature, operator in operators.items() if signature not in growths])
-        learned, total = 0, len(operators.keys() - growths.keys())
-        while some := list(islice(new, _AT_ONCE)):
-            _store(machine, _run_alone(some, spec.device))
-            learned += len(some)
-            progress(learned, total)
-    return Calibration(len(operators), learned, time.perf_counter() - began)
+        while True:
+            operators = _operators(graph, configs, spec)
+            growths = known.growths(spec.device, number)
+            new = [operator for signature, operator in operators.items() if signature not in growths]
+            total += len(new)
+            corrected = False
+            for some in (new[i : i + _AT_ONCE] for i in range(0, len(new), _AT_ONCE)):
+                results = _run_alone(some, spec.device)
+                known.keep_growths(spec.device, number, {o.signature: growth for o, growth, _ in results})
+                layouts = {o.signature: layout for o, _, layout in results if layout is not None}
+                if layouts:
+                    known.keep_layouts(spec.device, layouts)
+                    forget()
+                    corrected = True
+                learned += len(some)
+                progress(learned, total)
+            if not corrected:  # else what comes after those operators may be others
+                return Calibration(len(operators), learned, time.perf_counter() - began)
 
 
-def known_growths(spec: StepSpec, number_of_threads: int) -> Mapping[str, int]:
-    """The most that live bytes rise inside each operator that is known on this device, by signature."""
-    return _load(_machine(spec, number_of_threads))
+def _operators(graph: ModelGraph, configs: Sequence[Config], spec: StepSpec) -> dict[str, Operator]:
+    """The operators that these steps use, by signature."""
+    return {
+        call.operator.signature: call.operator
+        for config in configs
+        for call in simulate(graph, config, spec, details=False).calls
+        if not call.operator.gives_views_only
+    }
 
 
-def _run_alone(operators: Sequence[Operator], device: str) -> dict[str, int]:
+def _run_alone(operators: Sequence[Operator], device: str) -> list[tuple[Operator, int, known.Layout | None]]:
+    """How live bytes grow in each operator, and the layout of its outputs where that is not what was foreseen."""
+    layouts: list[known.Layout | None] = []
+
     def work() -> None:
         for number, operator in enumerate(operators):
             call = operator.real_call()
@@ -101,66 +101,18 @@ def _run_alone(operators: Sequence[Operator], device: str) -> dict[str, int]:
             recording.mark(f"begin {number}")
             outputs = call()
             recording.mark(f"end {number}")
-            operator.check(outputs)
+            layouts.append(operator.other_layout(outputs))
             del outputs, call
 
     with torch.no_grad():
         events = recording.record(work, device)
-    growths: dict[str, int] = {}
+    growths: list[int] = []
     inside: list[Event] = []
     for event in events:
-        if not isinstance(event, Mark):
+        if isinstance(event, Mark):
+            if event.name.startswith("end "):
+                growths.append(recording.peak_growth(inside))
+            inside = []
+        else:
             inside.append(event)
-            continue
-        what, number = event.name.split()
-        if what == "end":
-            growths[operators[int(number)].signature] = recording.peak_growth(inside)
-        inside = []
-    return growths
-
-
-def _machine(spec: StepSpec, number_of_threads: int) -> str:
-    """Everything but an operator's signature that its scratch memory depends on."""
-    kernels = f"{torch.backends.cpu.get_cpu_capability()}, oneDNN {torch.backends.mkldnn.enabled}"
-    own = f"{processor()}, {kernels}, " if spec.device == "cpu" else ""
-    return f"torch {torch.__version__}, {own}{device_name(spec, number_of_threads)}"
-
-
-def _path() -> Path:
-    folder = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("slt_planner")
-    return Path(folder) / "workspaces.sqlite"
-
-
-@contextmanager
-def _database() -> Iterator[sqlite3.Connection]:
-    path = _path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=60)) as database, database:
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS growth "
-                "(machine TEXT, signature TEXT, bytes INTEGER, PRIMARY KEY (machine, signature)) WITHOUT ROWID"
-            )
-            yield database
-    except (OSError, sqlite3.Error) as error:
-        raise InputError(
-            f"what is known of operators cannot be kept in {path} ({error}); name another folder in {CACHE_VARIABLE}"
-        ) from error
-
-
-@cache
-def _in_memory(path: Path, machine: str) -> dict[str, int]:
-    with _database() as database:
-        rows = database.execute("SELECT signature, bytes FROM growth WHERE machine = ?", (machine,))
-        return dict(rows.fetchall())
-
-
-def _load(machine: str) -> dict[str, int]:
-    return _in_memory(_path(), machine)
-
-
-def _store(machine: str, growths: Mapping[str, int]) -> None:
-    with _database() as database:
-        rows = [(machine, signature, size) for signature, size in growths.items()]
-        database.executemany("INSERT OR REPLACE INTO growth VALUES (?, ?, ?)", rows)
-    _load(machine).update(growths)
+    return list(zip(operators, growths, layouts, strict=True))

@@ -1,6 +1,7 @@
 """What CUDA's caching allocator says of a piece of work, and whether there is a device at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,3 +42,14 @@ def peaks_during(work: Callable[[], None]) -> AllocatorPeaks:
         requested=stats["requested_bytes.all.peak"],
         reserved=stats["reserved_bytes.all.peak"],
     )
+
+
+@contextmanager
+def cap(more_bytes: int) -> Iterator[None]:
+    """Let the allocator reserve no more than it has now and `more_bytes`, while this lasts."""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + more_bytes) / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -69,6 +69,8 @@ def measure(
         torch.manual_seed(0)  # made-up data is the same every time: a detector's shapes depend on it
         own = as_trained(copy.deepcopy(module).to(spec.device), spec)
         step = _RecordedStep(SteadyStep(own, spec, input_shape, num_classes, adapter or Adapter()), details)
+        if spec.device == "cuda":  # blocks are larger than what is asked for
+            step.unaccounted = cuda.allocated() - before - sum(step.resident.values())
         events = recording.record(step.run, spec.device)
     history = _History(step, events)
     peak = find_peak(history.resident, history.changes)
@@ -79,10 +81,10 @@ def measure(
         config=module.extraction.config if isinstance(module, SubModel) else None,
         spec=spec.model_copy(update={"threads": number}),
         peak_bytes=peak.size,
-        tensor_peak_bytes=history.tensor_peak(),
+        tensor_peak_bytes=history.tensor_peak() if spec.device == "cpu" else None,
         peak_operator=peak.operator,
         peak_unit=peak.unit,
-        device=device_name(spec, number),
+        device=device_name(spec.device, number),
         batch_size=spec.batch_size,
         breakdown=peak.breakdown,
         resident=history.resident,
@@ -122,7 +124,8 @@ class _RecordedStep:
 
     def __init__(self, step: SteadyStep, details: bool) -> None:
         self.step = step
-        self.weights_and_buffers = {category: _storages(tensors) for category, tensors in step.tensors().items()}
+        self.resident = {category: sum(_storages(tensors).values()) for category, tensors in step.tensors().items()}
+        self.unaccounted = 0
         self.known: dict[Category, set[int]] = {}
         self.peaks: cuda.AllocatorPeaks | None = None
         self.attribution = Attribution()
@@ -134,7 +137,7 @@ class _RecordedStep:
         if self.step.device == "cuda":  # what kernels' libraries keep for ever comes with the first step
             self.step.run(lambda tensors: None)
         self.step.prepare()
-        self.attribution.begin(self.step)
+        self.attribution.begin(self.step.module, self.step.optimizer)
         old_gradients = set(_storages(self.step.tensors()["gradients"]))
 
         def remember(tensors: Mapping[Category, list[Tensor]]) -> None:
@@ -180,9 +183,8 @@ class _History:
         self._end = _time_of("end", events)
         blocks_of_events = _blocks(events)
         self._blocks = list({id(block): block for block in blocks_of_events.values()}.values())
-        self.resident = dict.fromkeys(CATEGORIES, 0)
-        for category in ("weights", "buffers"):
-            self.resident[category] = sum(step.weights_and_buffers[category].values())
+        self.resident = dict.fromkeys(CATEGORIES, 0) | step.resident
+        self.resident["workspace"] += step.unaccounted
         self.changes: list[Change] = []
         for number, event in enumerate(events):
             if not isinstance(event, Allocation) or number not in blocks_of_events:
@@ -196,8 +198,7 @@ class _History:
 
     def tensor_peak(self) -> int:
         """The most live bytes at the end of an operator."""
-        live = peak = sum(self._step.weights_and_buffers["weights"].values())
-        live = peak = live + sum(self._step.weights_and_buffers["buffers"].values())
+        live = peak = sum(self._step.resident.values())
         for event in self._events:
             if isinstance(event, Allocation):
                 live += event.size

@@ -4,8 +4,9 @@ What a call gives out depends on its signature alone: shapes, strides, types and
 arguments but for the values of real numbers. It is learned once a signature, from torch's fake tensors.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -16,8 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from slt_planner.errors import UnsupportedLayerError
+from slt_planner.memory import known
 
 Key: TypeAlias = tuple[Any, ...]
+
+NO_OPERATORS = (
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+)
+"""What a dispatch mode sees beside operators; they have no tensors."""
 
 _RESIZING = ("aten::resize_", "aten::resize_as_", "aten::set_")
 _MOST_LEARNED = 100_000
@@ -124,18 +132,23 @@ class Operator:
         args, kwargs = pytree.tree_map(real, (self.args, dict(self.kwargs)))
         return lambda: self.function(*args, **kwargs)
 
-    def check(self, outputs: Any) -> None:
-        """Compare what the call gave for real.
+    def other_layout(self, outputs: Any) -> known.Layout | None:
+        """The layout of what the call gave for real, if it is not the one foreseen.
 
         Raises:
-            UnsupportedLayerError: it is not what was learned of it.
+            UnsupportedLayerError: outputs of other shapes or number formats.
         """
-        for leaf, output in zip(pytree.tree_leaves(outputs), self._outputs, strict=True):
-            if isinstance(leaf, Tensor) and not TensorSpec.of(leaf).lies_like(output.spec):
-                raise UnsupportedLayerError(
-                    f"{self.signature} gives {TensorSpec.of(leaf)} here, foreseen was {output.spec}; "
-                    "measure such steps, do not predict them"
-                )
+        leaves = pytree.tree_leaves(outputs)
+        as_foreseen = True
+        for leaf, output in zip(leaves, self._outputs, strict=True):
+            if isinstance(leaf, Tensor):
+                real = TensorSpec.of(leaf)
+                if (real.shape, real.dtype) != (output.spec.shape, output.spec.dtype):
+                    raise UnsupportedLayerError(
+                        f"{self.signature} gives {real} here, foreseen was {output.spec}; measure such steps"
+                    )
+                as_foreseen &= real.lies_like(output.spec)
+        return None if as_foreseen else [list(leaf.stride()) if isinstance(leaf, Tensor) else None for leaf in leaves]
 
     def outputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the call gives for hollow arguments of its signature."""
@@ -197,6 +210,11 @@ def _key(value: Any) -> Any:
 _learned: dict[Key, Operator] = {}
 
 
+def forget() -> None:
+    """Learn all operators anew: more is known of them."""
+    _learned.clear()
+
+
 def operator_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operator:
     """What is known of a call with these tensors, real or hollow; nothing is run."""
     key = key_of(function, args, kwargs)
@@ -241,10 +259,11 @@ def _learn(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
             itself=itself is not None,
         )
 
-    described_outputs = tuple(described(leaf) for leaf in leaves)
+    signature = f"{function}({_told(*specs)})"
+    described_outputs = _as_known(signature, own, tuple(described(leaf) for leaf in leaves))
     return Operator(
         name=function._schema.name,  # type: ignore[attr-defined]
-        signature=f"{function}({_told(*specs)})",
+        signature=signature,
         function=function,
         args=specs[0],
         kwargs=specs[1],
@@ -262,7 +281,33 @@ def _corrected(function: Any, args: Sequence[Any], outputs: Any) -> Any:
     return _CORRECTIONS[function](args, outputs) if on_cpu and function in _CORRECTIONS else outputs
 
 
-def _statistics_in_format_of(weight: int) -> Callable[[Sequence[Any], Any], Any]:
+_Correction: TypeAlias = Callable[[Sequence[Any], Any], Any]
+
+
+def _first_lies(layout: Callable[[Sequence[Any], Tensor], Tensor]) -> _Correction:
+    """The first output, or the only one, laid out anew; an output that is not asked for stays None."""
+
+    def corrected(args: Sequence[Any], outputs: Any) -> Any:
+        if isinstance(outputs, Tensor):
+            return layout(args, outputs)
+        first, *others = outputs
+        return (first if first is None else layout(args, first), *others)
+
+    return corrected
+
+
+def _as_sum_of(one: int, other: int) -> _Correction:
+    return _first_lies(lambda args, _: args[one] + args[other])
+
+
+def _as_image(argument: int) -> _Correction:
+    """Contiguous, or channels_last where that argument is."""
+    return _first_lies(lambda args, out: out.contiguous(memory_format=suggest_memory_format(args[argument])))
+
+
+def _statistics_as_weight(weight: int) -> _Correction:
+    """Mean and deviation in the weight's number format, not in the input's."""
+
     def corrected(args: Sequence[Any], outputs: Any) -> Any:
         normalised, *statistics = outputs
         return outputs if args[weight] is None else (normalised, *[s.to(args[weight].dtype) for s in statistics])
@@ -270,29 +315,40 @@ def _statistics_in_format_of(weight: int) -> Callable[[Sequence[Any], Any], Any]
     return corrected
 
 
-def _batch_norm_backward(args: Sequence[Any], outputs: Any) -> Any:
-    gradient, *others = outputs
-    layout = suggest_memory_format(args[1])
-    return (gradient if gradient is None else gradient.contiguous(memory_format=layout), *others)
+def _both(one: _Correction, other: _Correction) -> _Correction:
+    return lambda args, outputs: other(args, one(args, outputs))
 
 
-def _layer_norm_backward(args: Sequence[Any], outputs: Any) -> Any:
-    gradient, *others = outputs
-    return (gradient if gradient is None else gradient.contiguous(), *others)
+_contiguous_first = _first_lies(lambda _, out: out.contiguous())
 
-
-def _hardswish_backward(args: Sequence[Any], outputs: Any) -> Any:
-    return args[0] + args[1]  # lies as any sum of the two would
-
-
-_CORRECTIONS: dict[Any, Callable[[Sequence[Any], Any], Any]] = {
-    torch.ops.aten.native_batch_norm.default: _statistics_in_format_of(weight=1),
-    torch.ops.aten.native_group_norm.default: _statistics_in_format_of(weight=1),
-    torch.ops.aten.native_layer_norm.default: _statistics_in_format_of(weight=2),
-    torch.ops.aten.native_batch_norm_backward.default: _batch_norm_backward,
-    torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward,
-    torch.ops.aten.hardswish_backward.default: _hardswish_backward,
+_CORRECTIONS: dict[Any, _Correction] = {
+    torch.ops.aten.native_batch_norm.default: _both(_as_image(0), _statistics_as_weight(1)),
+    torch.ops.aten.native_group_norm.default: _statistics_as_weight(1),
+    torch.ops.aten.native_layer_norm.default: _statistics_as_weight(2),
+    torch.ops.aten.native_batch_norm_backward.default: _as_image(1),
+    torch.ops.aten.native_layer_norm_backward.default: _contiguous_first,
+    torch.ops.aten._log_softmax_backward_data.default: _contiguous_first,
+    torch.ops.aten.hardswish_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.hardsigmoid_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.hardtanh_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.softplus_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.elu_backward.default: _as_sum_of(0, 5),
+    torch.ops.aten.native_dropout_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.roll.default: _as_image(0),
+    torch.ops.aten.channel_shuffle.default: _as_image(0),
 }
+
+
+def _as_known(signature: str, own: Sequence[Tensor], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Outputs laid out as a calibration has seen them."""
+    device = own[0].device.type if own else "cpu"
+    layout = known.layouts(device).get(signature)
+    if layout is None:
+        return outputs
+    return tuple(
+        replace(output, spec=replace(output.spec, stride=tuple(stride))) if isinstance(output, _Output) else output
+        for output, stride in zip(outputs, json.loads(layout), strict=True)
+    )
 
 
 def _specs_in(specs: Any) -> Iterator[TensorSpec]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from slt_planner.config import Config, StepSpec
 from slt_planner.environment import environment
 from slt_planner.graph.trace import ModelGraph
-from slt_planner.memory.calibrate import known_growths
+from slt_planner.memory import known
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile
 from slt_planner.memory.simulate import Call, SimulatedStep, simulate
 from slt_planner.memory.step import device_name, threads
@@ -37,10 +37,10 @@ def predict(graph: ModelGraph, config: Config, spec: StepSpec, details: bool = T
     """
     with threads(spec) as number:
         step = simulate(graph, config, spec, details)
-        growths = known_growths(spec, number)
-        device = device_name(spec, number)
+        growths = known.growths(spec.device, number)
+        device = device_name(spec.device, number)
     missing = sorted({call.operator.signature for call in step.calls if _growth(call, growths) is None})
-    history = _History(step, {} if missing else growths)
+    history = _History(step, {} if missing else growths, _BLOCK_BYTES[spec.device])
     peak = find_peak(history.resident, history.changes)
     return MemoryProfile(
         config=config,
@@ -62,6 +62,10 @@ def predict(graph: ModelGraph, config: Config, spec: StepSpec, details: bool = T
     )
 
 
+_BLOCK_BYTES = {"cpu": 1, "cuda": 512}
+"""The allocator gives out multiples of this."""
+
+
 def _growth(call: Call, growths: Mapping[str, int]) -> int | None:
     """The most that live bytes rise while an operator runs, its outputs included; None where it is not known."""
     return 0 if call.operator.gives_views_only else growths.get(call.operator.signature)
@@ -70,15 +74,16 @@ def _growth(call: Call, growths: Mapping[str, int]) -> int | None:
 class _History:
     """How live bytes change during a simulated step."""
 
-    def __init__(self, step: SimulatedStep, growths: Mapping[str, int]) -> None:
+    def __init__(self, step: SimulatedStep, growths: Mapping[str, int], block: int) -> None:
         self.resident: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         born: dict[int, list[tuple[int, Category]]] = {}
         gone: dict[int, list[tuple[int, Category]]] = {}
         for storage in step.storages:
             saved = storage.saved_by is not None and storage.category == "temporaries"
-            entry = (storage.size, "activations" if saved else storage.category)
+            size = -(-storage.size // block) * block
+            entry = (size, "activations" if saved else storage.category)
             if storage.begin < 0:
-                self.resident[storage.category] += storage.size
+                self.resident[storage.category] += size
             else:
                 born.setdefault(storage.begin, []).append(entry)
             gone.setdefault(storage.end, []).append(entry)
@@ -95,9 +100,10 @@ class _History:
             for size, category in gone.get(number, ()):
                 yield Change(-size, category, "", call.unit)
             name = call.operator.name
+            scratch = _growth(call, growths) or 0
             for size, category in born.get(number, ()):
                 yield Change(size, category, name, call.unit)
-            scratch = (_growth(call, growths) or 0) - call.operator.new_bytes
+                scratch -= size
             if scratch > 0:
                 yield Change(scratch, "workspace", name, call.unit)
                 yield Change(-scratch, "workspace", name, call.unit)

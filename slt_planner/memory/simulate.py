@@ -15,15 +15,11 @@ from slt_planner.config import Config, StepSpec
 from slt_planner.errors import UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.attribution import Attribution, unit_rows
-from slt_planner.memory.operators import Hollow, Operator, TensorSpec, operator_of
+from slt_planner.memory.operators import NO_OPERATORS, Hollow, Operator, TensorSpec, operator_of
 from slt_planner.memory.profile import Category, UnitRow
 from slt_planner.memory.step import SteadyStep, as_trained
 from slt_planner.submodel.extract import extract
 
-_PROFILER = (
-    torch.ops.profiler._record_function_enter_new.default,
-    torch.ops.profiler._record_function_exit._RecordFunction,
-)
 _LIFT = torch.ops.aten.lift_fresh.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _FOR_EVER = 2**62
@@ -78,7 +74,7 @@ def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -
         step.prepare()
         watch.hold(step.tensors())
         watch.forget_calls()
-        attribution.begin(step)
+        attribution.begin(step.module, step.optimizer)
         hooks = torch.autograd.graph.saved_tensors_hooks(watch.say_saved, lambda tensor: tensor)
         if details:
             with hooks, attribution.following(module):
@@ -134,7 +130,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ITEM:
             return self._item()
-        if func in _PROFILER:
+        if func in NO_OPERATORS:
             return func(*args)
         kwargs = kwargs or {}
         unit = self._attribution.operator(func, args, kwargs) if self._attribution else 0

@@ -3,7 +3,7 @@ optimizer; and steady steps of a module on made-up data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.memory.profile import Category
 from slt_planner.submodel.extract import SubModel
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def make_optimizer(
@@ -28,6 +30,12 @@ def make_optimizer(
         )
     kind = torch.optim.Adam if optimizer.name == "adam" else torch.optim.AdamW
     return kind(trained, lr=learning_rate, weight_decay=decay, foreach=foreach)
+
+
+def state_of(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> list[Tensor]:
+    """The tensors that an optimizer keeps for one parameter; none without an optimizer."""
+    state = optimizer.state.get(parameter, {}) if optimizer else {}
+    return [value for value in state.values() if isinstance(value, Tensor)]
 
 
 def training_step(
@@ -53,7 +61,7 @@ def _precision(step: StepSettings) -> AbstractContextManager[Any]:
     return torch.autocast(step.device, dtype=torch.bfloat16)
 
 
-def as_trained(model: nn.Module, step: StepSettings) -> nn.Module:
+def as_trained(model: ModuleT, step: StepSettings) -> ModuleT:
     """The module with its weights in the step's number format and memory format, in place.
 
     Raises:
@@ -93,9 +101,9 @@ def threads(step: StepSettings) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def device_name(spec: StepSpec, number_of_threads: int) -> str:
+def device_name(device: str, number_of_threads: int) -> str:
     """The device of a profile, in words."""
-    if spec.device == "cuda":
+    if device == "cuda":
         return f"cuda, {torch.cuda.get_device_name()}"
     return f"cpu, {number_of_threads} thread{'s' if number_of_threads > 1 else ''}"
 
@@ -140,10 +148,5 @@ class SteadyStep:
             "weights": list(self.module.parameters()),
             "buffers": list(self.module.buffers()),
             "gradients": [parameter.grad for parameter in self._trained if parameter.grad is not None],
-            "optimizer": [tensor for parameter in self._trained for tensor in self.state_of(parameter)],
+            "optimizer": [tensor for parameter in self._trained for tensor in state_of(self.optimizer, parameter)],
         }
-
-    def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
-        """The optimizer's tensors for one parameter."""
-        state = self.optimizer.state.get(parameter, {})
-        return [value for value in state.values() if isinstance(value, Tensor)]

@@ -12,6 +12,7 @@ from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.flops import training_flops
 from slt_planner.memory.measure import measure
 from slt_planner.memory.profile import MemoryProfile
+from slt_planner.memory.step import as_trained
 from slt_planner.planning.plan import Plan, PlannedModel, Proof, Stage, TierPlan, TierStage
 from slt_planner.planning.rounds import rounds_fractions
 from slt_planner.planning.search import (
@@ -178,7 +179,7 @@ def _feasible(
 
 def _tier_stage(config: Config, choice: StageChoice, bench: MeasuringBench, binding: bool) -> TierStage:
     profile = bench.profile(config)
-    sub = extract(bench.graph, None, config, bench.spec.norms)
+    sub = as_trained(extract(bench.graph, None, config, bench.spec.norms, on_meta=True), bench.spec)
     return TierStage(
         freeze_depth=config.freeze_depth,
         full_depth=config.full_depth,

@@ -14,11 +14,11 @@ BELOW = {
     "graph": set(),
     "models": {"graph"},
     "submodel": {"graph"},
-    "memory": {"graph", "submodel"},
+    "memory": {"graph", "submodel", "models"},
     "planning": {"graph", "submodel", "memory"},
     "data": set(),
     "federated": {"graph", "models", "submodel", "memory", "planning", "data"},
-    "cli": {"graph", "models", "planning", "federated", "data", "reporting"},
+    "cli": {"graph", "models", "submodel", "memory", "planning", "federated", "data", "reporting"},
 }
 RECORDS = {"planning.plan", "memory.profile", "federated.result"}
 FREE_OF_TORCH = [

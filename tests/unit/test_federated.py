@@ -23,7 +23,7 @@ from slt_planner.federated.setup import deal_clients, default_settings, load_net
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.graph.trace import trace
-from slt_planner.memory import cpu
+from slt_planner.memory import recording
 from slt_planner.memory.measure import measure
 from slt_planner.models.registry import load_model
 from slt_planner.planning.solve import solve
@@ -293,11 +293,8 @@ def test_a_clients_real_step_needs_what_the_plan_measured(augment):
     planned = measure(sub, spec, details=False).peak_bytes
     before = sum(parameter.nbytes for parameter in sub.parameters())
     training = LocalTraining(spec.settings, batch, epochs=1, learning_rate=0.01)
-    allocations, _ = cpu.record(lambda: train_client(sub, data, np.arange(96), training, seed=1))
-    live, peak = before, 0
-    for event in allocations:
-        live += event.size
-        peak = max(peak, live)
+    events = recording.record(lambda: train_client(sub, data, np.arange(96), training, seed=1))
+    peak = before + recording.peak_growth(events)
     order_and_generators = 2 * 96 * 8 + 16_384
     assert planned <= peak <= planned + order_and_generators
 

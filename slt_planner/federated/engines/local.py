@@ -12,6 +12,7 @@ from slt_planner.data.datasets import Dataset
 from slt_planner.federated.client import LocalTraining, client_seed, train_client
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.graph.trace import ModelGraph
+from slt_planner.memory.step import as_trained
 from slt_planner.submodel.extract import extract
 from slt_planner.submodel.merge import Update
 
@@ -23,6 +24,7 @@ class Assignment:
     client: int
     config: Config
     indices: np.ndarray
+    budget_bytes: int
 
 
 @dataclass
@@ -48,14 +50,16 @@ def run_clients(
 ) -> Iterator[Update]:
     """Train each client and yield its update, in the cohort's order; only one sub-model is alive at a time.
 
-    An update that is not finite is refused and counted, and the round goes on without it.
+    An update that is not finite is refused and counted, and the round goes on without it. Where the training enforces
+    budgets, a step that would pass its client's raises BudgetExceeded.
     """
     for assignment in cohort:
         began = time.perf_counter()
-        model = extract(graph, state.weights, assignment.config, norms)
+        model = as_trained(extract(graph, state.weights, assignment.config, norms), training.step)
         log.bytes_down += sum(tensor.nbytes for tensor in model.state_dict().values())
         own_seed = client_seed(seed, state.round + 1, assignment.client)
-        loss = train_client(model, dataset, assignment.indices, training, own_seed)
+        budget = assignment.budget_bytes if training.enforce else None
+        loss = train_client(model, dataset, assignment.indices, training, own_seed, budget)
         trained = model.trained_state()
         log.bytes_up += sum(tensor.nbytes for tensor in trained.values())
         log.train_seconds += time.perf_counter() - began
