@@ -170,8 +170,9 @@ def mem_tracker(sub, graph, spec) -> tuple[int | None, str]:
     tracker = MemTracker()
     try:
         tracker.track_external(module, optimizer)
-        for _ in range(2):
-            with tracker:
+        with tracker:
+            for _ in range(2):
+                tracker.reset_mod_stats()
                 batch = torch.randn(spec.batch_size, *graph.input_shape, dtype=next(module.parameters()).dtype)
                 labels = graph.adapter.example_labels(spec.batch_size, graph.num_classes, graph.input_shape)
                 training_step(module, optimizer, batch, labels, spec, graph.adapter)

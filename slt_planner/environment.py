@@ -1,6 +1,7 @@
 """What a measurement was made on; written into every result."""
 
 import platform
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
+@cache
 def processor() -> str:
     """The processor's name."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -11,6 +11,9 @@ from rich.console import Console
 
 from slt_planner.config import Record
 from slt_planner.errors import InputError, SltError
+
+if TYPE_CHECKING:
+    from slt_planner.graph.trace import ModelGraph
 
 # Some versions of typer bring their own copy of click, others use the installed one; this is UsageError in both.
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -44,6 +47,23 @@ def _say(name: str, message: str, code: int) -> int:
     line = " ".join(message.split())
     print(f"{name}: error: {line}", file=sys.stderr)
     return code
+
+
+def traced_network(model: str, input_shape: tuple[int, ...] | None, num_classes: int | None) -> "ModelGraph":
+    """A network's structure by its name; without a shape, at its own.
+
+    Raises:
+        InputError: no such network, or a user's own without an input shape.
+    """
+    # torch is imported only once the command line is known to be right
+    from slt_planner.graph.trace import trace
+    from slt_planner.models.registry import find_model, is_reference, load_model
+
+    if input_shape is None:
+        if is_reference(model):
+            raise InputError(f"{model}: --input-shape is needed, that of one sample, such as 3,64,64")
+        input_shape = find_model(model).input_shape
+    return trace(load_model(model, num_classes, input_shape, weights=False), input_shape)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

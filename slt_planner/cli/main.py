@@ -4,6 +4,7 @@ import typer
 
 from slt_planner.cli.common import run
 from slt_planner.cli.plan import plan
+from slt_planner.cli.profile import profile
 from slt_planner.cli.report import report
 from slt_planner.cli.train import train
 
@@ -19,7 +20,7 @@ def _app(*commands: object) -> typer.Typer:
 
 def slt() -> None:
     """Entry of `slt`."""
-    run(_app(plan, train, report), "slt")
+    run(_app(plan, train, profile, report), "slt")
 
 
 def slt_plan() -> None:

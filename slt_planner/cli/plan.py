@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from slt_planner.cli.common import command_line, consoles, numbers, validated
+from slt_planner.cli.common import command_line, consoles, numbers, traced_network, validated
 from slt_planner.config import Config, StepSpec, Tier, equal_tiers
 from slt_planner.errors import InputError
 from slt_planner.files import check_writable, refuse_existing
@@ -92,16 +92,9 @@ def _solve(
     num_classes: int | None,
     console: Console,
 ) -> Plan:
-    # torch is imported only once the command line is known to be right
-    from slt_planner.graph.trace import trace
-    from slt_planner.models.registry import find_model, is_reference, load_model
     from slt_planner.planning.solve import solve
 
-    if input_shape is None:
-        if is_reference(model):
-            raise InputError(f"{model}: --input-shape is needed, that of one sample, such as 3,64,64")
-        input_shape = find_model(model).input_shape
-    graph = trace(load_model(model, num_classes, input_shape, weights=False), input_shape)
+    graph = traced_network(model, input_shape, num_classes)
     began, count = time.perf_counter(), 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -55,6 +55,7 @@ def train_client(
                 loss = training_step(model, optimizer, batch, labels, training.step, adapter)
             total += loss * len(batch)
             images += len(batch)
+            del loss  # the next step's memory is to be its own
     return float(total) / images
 
 

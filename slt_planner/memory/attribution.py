@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
+from slt_planner.memory.flops import operator_flops
 from slt_planner.memory.operators import tensors_in
 from slt_planner.memory.profile import UnitRow
 from slt_planner.memory.step import SteadyStep, state_of
@@ -71,24 +71,24 @@ class Attribution:
                 if self._in_optimizer:
                     self._unit = unit
                 elif unit != self._unit:
-                    self._enter(unit)
+                    # The operator's own node is there already, if it has one.
+                    self._enter(unit, own_node=any(t.requires_grad for t in tensors_in(args, kwargs)))
         return self._unit
 
     def called(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> None:
         """Count the arithmetic of an operator that was called."""
-        count = flop_registry.get(getattr(function, "_overloadpacket", None))
-        if count is not None:
-            flops = count(*args, **kwargs, out_val=outputs)
+        flops = operator_flops(function, args, kwargs, outputs)
+        if flops:
             self.flops[self._unit] += flops
             if torch._C._current_autograd_node() is None:
                 self.forward_flops[self._unit] += flops
 
-    def _enter(self, unit: int) -> None:
+    def _enter(self, unit: int, own_node: bool = False) -> None:
         if self._in_optimizer:  # the next step has begun
             self._in_optimizer = False
             self._enters = [(0, 0)]
         self._unit = unit
-        self._enters.append((torch.autograd._get_sequence_nr(), unit))
+        self._enters.append((torch.autograd._get_sequence_nr() - own_node, unit))
 
     def _backward_unit(self, node: Any) -> int:
         number = node._sequence_nr()

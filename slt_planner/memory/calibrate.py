@@ -19,10 +19,14 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration did: operators that its steps use, those that were run, and how long it took."""
+    """What a calibration did: operators that its steps use, those that were run, and how long it took.
+
+    `largest_bytes` is the most that was alive for one of those: its arguments, its outputs and its scratch memory.
+    """
 
     operators: int
     learned: int
+    largest_bytes: int
     seconds: float
 
 
@@ -57,7 +61,7 @@ def calibrate(
     True
     """
     cuda.check(spec.device)
-    began, learned, total = time.perf_counter(), 0, 0
+    began, learned, total, largest = time.perf_counter(), 0, 0, 0
     with threads(spec) as number, torch.random.fork_rng(devices=[]):
         while True:
             operators = _operators(graph, configs, spec)
@@ -74,9 +78,10 @@ def calibrate(
                     forget()
                     corrected = True
                 learned += len(some)
+                largest = max(largest, *[operator.argument_bytes + growth for operator, growth, _ in results])
                 progress(learned, total)
             if not corrected:  # else what comes after those operators may be others
-                return Calibration(len(operators), learned, time.perf_counter() - began)
+                return Calibration(len(operators), learned, largest, time.perf_counter() - began)
 
 
 def _operators(graph: ModelGraph, configs: Sequence[Config], spec: StepSpec) -> dict[str, Operator]:

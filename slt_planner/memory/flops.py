@@ -1,13 +1,43 @@
-"""How much arithmetic a sub-model does, counted by torch.utils.flop_counter: convolutions and matrix products."""
+"""How much arithmetic operators do, counted by torch.utils.flop_counter: convolutions and matrix products."""
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, shape_wrapper
 
 from slt_planner.submodel.extract import SubModel
 
 _BATCH = 2
+
+
+def _convolution_backward(
+    gradient: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    wanted: Sequence[bool],
+    **_: Any,
+) -> int:
+    """The gradients of input and weight each take what the forward pass takes; torch's own count forgets groups."""
+    return conv_flop_count(list(x), list(weight), list(gradient), transposed) * sum(wanted[:2])
+
+
+_OWN: dict[Any, Callable[..., int]] = {torch.ops.aten.convolution_backward: _convolution_backward}
+_COUNTS: Mapping[Any, Callable[..., int]] = {**flop_registry, **{op: shape_wrapper(own) for op, own in _OWN.items()}}
+
+
+def operator_flops(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> int:
+    """FLOPs of one call of an ATen operator; a multiply and its add are two."""
+    count = _COUNTS.get(getattr(function, "_overloadpacket", None))
+    return count(*args, **kwargs, out_val=outputs) if count else 0
 
 
 def training_flops(model: SubModel) -> int:
@@ -16,17 +46,13 @@ def training_flops(model: SubModel) -> int:
     Frozen parts before the first trained one run forward only. Nothing is computed, but for networks whose shapes
     depend on data.
     """
-    shadow, batch, labels = _shadow(model)
-    with FlopCounterMode(display=False) as counter:
-        model.extraction.graph.adapter.step_loss(shadow, batch, labels).backward()
-    return counter.get_total_flops() // _BATCH
-
-
-def _shadow(model: SubModel) -> tuple[SubModel, torch.Tensor, torch.Tensor]:
-    """A copy of a sub-model, a batch and its labels, all without values."""
     graph = model.extraction.graph
     device = "cpu" if graph.adapter.part else "meta"
+    shadow = copy.deepcopy(model).to(device)
+    kind = next((p.dtype for p in shadow.parameters()), torch.float32)
     with torch.device(device):
-        batch = torch.zeros(_BATCH, *graph.input_shape)
+        batch = torch.zeros(_BATCH, *graph.input_shape, dtype=kind)
         labels = graph.adapter.example_labels(_BATCH, graph.num_classes, graph.input_shape)
-    return copy.deepcopy(model).to(device), batch, labels
+    with FlopCounterMode(display=False, custom_mapping=_OWN) as counter:
+        graph.adapter.step_loss(shadow, batch, labels).backward()
+    return counter.get_total_flops() // _BATCH

@@ -49,6 +49,7 @@ def keep_layouts(device: str, learned: Mapping[str, Layout]) -> None:
     _keep(_machine(device, None), {signature: json.dumps(layout) for signature, layout in learned.items()})
 
 
+@cache
 def _machine(device: str, threads: int | None) -> str:
     """Everything but an operator's signature that what is known of it depends on."""
     if device == "cuda":

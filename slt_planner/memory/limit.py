@@ -136,10 +136,10 @@ class _Guard(TorchDispatchMode):
         if operator is not None:
             self._refuse_if_over(operator.name, unit, *self._growth(operator))
         outputs = func(*args, **kwargs)
-        for leaf in (outputs,) if isinstance(outputs, Tensor) else pytree.tree_leaves(outputs):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf)
-        if operator is None:
+        given = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        for tensor in given:
+            self._follow(tensor)
+        if operator is None and given:
             self._refuse_if_over(func._schema.name, unit, 0, False)
         return outputs
 

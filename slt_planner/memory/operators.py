@@ -7,7 +7,7 @@ arguments but for the values of real numbers. It is learned once a signature, fr
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -44,6 +44,12 @@ class TensorSpec:
     def of(cls, tensor: Tensor) -> "TensorSpec":
         """That of a tensor."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a tensor like this that owns its storage."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return 0 if 0 in self.shape else (last + 1) * self.dtype.itemsize
 
     def lies_like(self, other: "TensorSpec") -> bool:
         """The same entries at the same places; strides of dimensions of one entry say nothing."""
@@ -122,6 +128,11 @@ class Operator:
     def gives_views_only(self) -> bool:
         """Nothing is computed and nothing allocated."""
         return getattr(self.function, "is_view", False) and not self.new_bytes
+
+    @property
+    def argument_bytes(self) -> int:
+        """Bytes of the tensors that it is called with."""
+        return sum(spec.nbytes for spec in _specs_in((self.args, self.kwargs)))
 
     def real_call(self) -> Callable[[], Any]:
         """The call for real, on zeros, which are allocated here."""
@@ -227,7 +238,7 @@ def operator_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
 
 
 def _learn(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operator:
-    mode = FakeTensorMode()
+    mode = _fake_mode()
 
     def fake(spec: Any) -> Any:
         if not isinstance(spec, TensorSpec):
@@ -238,8 +249,11 @@ def _learn(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
     specs = pytree.tree_map(lambda v: TensorSpec.of(v) if isinstance(v, Tensor) else v, (tuple(args), dict(kwargs)))
     fake_args, fake_kwargs = pytree.tree_map(fake, specs)
     own = list(tensors_in(fake_args, fake_kwargs))
-    with mode:
-        outputs = _corrected(function, fake_args, function(*fake_args, **fake_kwargs))
+    if _changes_its_first_in_place(function):
+        outputs = own[0]
+    else:
+        with mode:
+            outputs = _corrected(function, fake_args, function(*fake_args, **fake_kwargs))
     leaves, structure = pytree.tree_flatten(outputs)
     sources = {tensor.untyped_storage()._cdata: i for i, tensor in reversed(list(enumerate(own)))}
     new: dict[int, int] = {}  # bytes of new storages by address
@@ -273,6 +287,18 @@ def _learn(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         _outputs=described_outputs,
         _structure=structure,
     )
+
+
+@cache
+def _fake_mode() -> FakeTensorMode:
+    return FakeTensorMode()
+
+
+def _changes_its_first_in_place(function: Any) -> bool:
+    """The call writes to its first argument, whose shape stays, and gives it back; nothing need be tried."""
+    first, returns = function._schema.arguments[:1], function._schema.returns
+    written = [value.alias_info is not None and value.alias_info.is_write for value in (*first, *returns)]
+    return written == [True, True] and torch.Tag.inplace_view not in function.tags
 
 
 def _corrected(function: Any, args: Sequence[Any], outputs: Any) -> Any:

@@ -1,12 +1,13 @@
 """What a measurement or a prediction says: MemoryProfile and its rows. Records only, no torch."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from slt_planner.config import Config, Record, StepSpec
 from slt_planner.files import read_record, write_text
+from slt_planner.units import LARGEST_BYTES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +25,10 @@ CATEGORIES: tuple[Category, ...] = (
 )
 
 
+Bytes = Annotated[int, Field(ge=0, le=LARGEST_BYTES)]
+Count = Annotated[int, Field(ge=0, le=10**24)]
+
+
 class UnitRow(Record):
     """One freeze unit's part of a training step; bytes are of the whole batch, multiply-adds and FLOPs of one sample.
 
@@ -34,14 +39,14 @@ class UnitRow(Record):
     index: int = Field(ge=1)
     name: str
     kind: str
-    output_shape: tuple[int, ...]
-    parameters: int
-    weights_bytes: int
-    activations_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    forward_multiply_adds: int
-    training_flops: int | None = None
+    output_shape: tuple[Count, ...]
+    parameters: Count
+    weights_bytes: Bytes
+    activations_bytes: Bytes
+    gradients_bytes: Bytes
+    optimizer_bytes: Bytes
+    forward_multiply_adds: Count
+    training_flops: Count | None = None
 
 
 class TimelinePoint(Record):
@@ -50,19 +55,19 @@ class TimelinePoint(Record):
     `time_us` counts from the step's begin; a prediction has no times.
     """
 
-    time_us: float | None
-    live_bytes: int
-    change_bytes: int
+    time_us: float | None = None
+    live_bytes: Bytes
+    change_bytes: int = Field(ge=-LARGEST_BYTES, le=LARGEST_BYTES)
     category: Category
     operator: str
-    unit: int
+    unit: Count
 
 
 class ProcessMemory(Record):
     """Resident set of a fresh process that did nothing but one step: when everything was imported, and at its most."""
 
-    before_bytes: int
-    peak_bytes: int
+    before_bytes: Bytes
+    peak_bytes: Bytes
 
 
 class MemoryProfile(Record):
@@ -83,19 +88,19 @@ class MemoryProfile(Record):
     model: str | None = None
     config: Config | None = None
     spec: StepSpec | None = None
-    peak_bytes: int
-    tensor_peak_bytes: int | None = None
+    peak_bytes: Bytes
+    tensor_peak_bytes: Bytes | None = None
     peak_operator: str
-    peak_unit: int = 0
+    peak_unit: Count = 0
     device: str
     source: Literal["MEASURED", "PREDICTED"] = "MEASURED"
     exact: bool = True
     missing: tuple[str, ...] = ()
-    batch_size: int
-    breakdown: dict[Category, int]
-    resident: dict[Category, int] | None = None
-    requested_bytes: int | None = None
-    reserved_bytes: int | None = None
+    batch_size: Count
+    breakdown: dict[Category, Bytes]
+    resident: dict[Category, Bytes] | None = None
+    requested_bytes: Bytes | None = None
+    reserved_bytes: Bytes | None = None
     process: ProcessMemory | None = None
     environment: dict[str, str] | None = None
     units: tuple[UnitRow, ...] = ()

@@ -45,7 +45,7 @@ CATEGORY_COLOURS: dict[Category, str] = {
 }
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8f98")
 _LINES = ("-", "--", "-.", ":")
-_WIDTH_IN, _DPI = 10.667, 150  # 1,600 pixels
+WIDTH_IN, _DPI = 10.667, 150  # 1,600 pixels
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -83,7 +83,7 @@ _THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER:
 _Arguments = ParamSpec("_Arguments")
 
 
-def _styled(draw: Callable[_Arguments, Figure]) -> Callable[_Arguments, Figure]:
+def styled(draw: Callable[_Arguments, Figure]) -> Callable[_Arguments, Figure]:
     """Draw in the house style whatever the caller's matplotlib settings are."""
 
     @wraps(draw)
@@ -125,14 +125,14 @@ def _saved(figure: Figure, file_format: str, salt: str) -> bytes:
     return buffer.getvalue()
 
 
-@_styled
+@styled
 def plan_figure(plan: Plan) -> Figure:
     """The whole plan in one picture: each tier's schedule above, and its memory stage by stage below."""
     tiers = plan.feasible_tiers
     columns = min(3, len(tiers))
     rows = -(-len(tiers) // columns)
     heights = [0.75 + 1.75 * len(tiers), 0.75 + 2.7 * rows]
-    figure = Figure(figsize=(_WIDTH_IN, sum(heights) + 0.85), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.85), layout="constrained")
     budgets = ", ".join(shorten(tier.name, 16) for tier in tiers[:6]) + (" …" if len(tiers) > 6 else "")
     figure.suptitle(
         f"{model_title(plan)}: {count(len(plan.stages), 'stage')} for {budgets}\n",
@@ -155,18 +155,18 @@ def plan_figure(plan: Plan) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def schedule_figure(plan: Plan) -> Figure:
     """Which units each tier freezes, trains at full width and scales, over the rounds."""
-    figure = Figure(figsize=(_WIDTH_IN, 0.75 + 1.75 * len(plan.feasible_tiers)), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, 0.75 + 1.75 * len(plan.feasible_tiers)), layout="constrained")
     _draw_schedules(figure, plan)
     return figure
 
 
-@_styled
+@styled
 def memory_figure(tier: TierPlan) -> Figure:
     """A feasible tier's measured peak in each stage, by category, against its budget."""
-    figure = Figure(figsize=(_WIDTH_IN, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, 3.4), layout="constrained")
     _draw_memory(figure.subplots(), tier, wide=True)
     _category_legend(figure, [tier])
     return figure
@@ -270,14 +270,14 @@ def _category_legend(figure: FigureBase, tiers: Sequence[TierPlan]) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=8, handlelength=1.2, columnspacing=1.3)
 
 
-@_styled
+@styled
 def accuracy_figure(results: Sequence[RunResult], titled: bool = True) -> Figure:
     """Test accuracy over rounds and over uploaded bytes; runs that differ in their seed alone are a mean and a range.
 
     Thin vertical lines mark where a schedule goes to its next stage. Without its title it is for a page that says which
     data it is.
     """
-    figure = Figure(figsize=(_WIDTH_IN, 4.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, 4.6), layout="constrained")
     over_rounds, over_bytes = figure.subplots(1, 2, sharey=True)
     groups = [(number, group) for number, group in enumerate(run_groups(results)) if group.runs[0].rows]
     for number, group in groups:
@@ -339,7 +339,7 @@ def _stage_changes(result: RunResult) -> list[int]:
     return [index for index in range(1, len(stages)) if stages[index] != stages[index - 1]]
 
 
-@_styled
+@styled
 def peak_figure(results: Sequence[RunResult]) -> Figure:
     """A client's highest measured peak in each run and tier, in percent of the tier's budget."""
     bars = [
@@ -349,7 +349,7 @@ def peak_figure(results: Sequence[RunResult]) -> Figure:
         for tier in run.tiers
         if tier.measured_peak_bytes is not None
     ]
-    figure = Figure(figsize=(_WIDTH_IN, 0.75 + 0.3 * max(1, len(bars))), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, 0.75 + 0.3 * max(1, len(bars))), layout="constrained")
     axes = figure.subplots()
     for row, (_, peak, budget, number) in enumerate(bars):
         share = 100 * peak / budget

@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from slt_planner.config import Optimizer
 from slt_planner.federated.result import RunResult, RunTier
 from slt_planner.planning.plan import Plan, TierPlan, TierStage
 from slt_planner.units import format_bytes
@@ -61,13 +62,12 @@ def model_title(plan: Plan) -> str:
 def ruler(plan: Plan) -> str:
     """How memory was measured, in one line."""
     step = plan.step
-    optimizer = "SGD" if step.optimizer.name == "sgd" else step.optimizer.name.title().replace("w", "W")
     parts = [
         "allocator ruler",
         step.device.upper(),
         f"batch {plan.batch_size}",
         step.precision,
-        f"{optimizer} momentum {step.optimizer.momentum:g}" if step.optimizer.name == "sgd" else optimizer,
+        optimizer_words(step.optimizer),
     ]
     if step.memory_format != "contiguous":
         parts.append(step.memory_format)
@@ -76,6 +76,17 @@ def ruler(plan: Plan) -> str:
     if plan.model.data_dependent:
         parts.append("made-up targets")
     return ", ".join(parts)
+
+
+def optimizer_words(optimizer: Optimizer) -> str:
+    """The optimizer as it is written.
+
+    >>> optimizer_words(Optimizer()), optimizer_words(Optimizer(name="adamw"))
+    ('SGD momentum 0.9', 'AdamW')
+    """
+    if optimizer.name == "sgd":
+        return f"SGD momentum {optimizer.momentum:g}"
+    return optimizer.name.title().replace("w", "W")
 
 
 def count(number: int, noun: str) -> str:
@@ -133,7 +144,8 @@ def metric_title(results: Sequence[RunResult]) -> str:
     return " or ".join(dict.fromkeys(words[result.metric] for result in results)) or words["accuracy"]
 
 
-def _plain_table(*titles: str) -> Table:
+def plain_table(*titles: str) -> Table:
+    """A table without lines, of columns of numbers under these titles."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     for title in titles:
         table.add_column(Text(title), justify="right", no_wrap=True, vertical="bottom")
@@ -141,7 +153,7 @@ def _plain_table(*titles: str) -> Table:
 
 
 def _stage_table(plan: Plan, tiers: Sequence[TierPlan]) -> Table:
-    table = _plain_table("\nstage", "rounds\n%", "full\nwidth", "head\n%")
+    table = plain_table("\nstage", "rounds\n%", "full\nwidth", "head\n%")
     table.add_column(Text("limited\nby"), no_wrap=True, min_width=11)
     tier_width = len(str(plan.model.depth)) + len(" 123.4 100 %")
     bar_width = min(12, (_WIDTH - _LEFT_COLUMNS_WIDTH) // len(tiers) - tier_width - 3)
@@ -281,7 +293,7 @@ def dataset_titles(results: Sequence[RunResult]) -> str:
 def run_table(results: Sequence[RunResult]) -> RenderableType:
     """Runs for a terminal of 80 columns: a row a run, and the mean of runs that differ in their seed alone."""
     labels = run_labels(results)
-    table = _plain_table(
+    table = plain_table(
         "\n\nstrategy",
         "\n\nseed",
         "\n\nrounds",

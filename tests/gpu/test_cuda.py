@@ -11,11 +11,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 CONFIGS = [slt.Config.full_network(), slt.Config(freeze_depth=4, full_depth=5, head_scale=0.5)]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLT_CACHE", str(tmp_path))
-
-
 @pytest.fixture(scope="module")
 def graph():
     return slt.trace(slt.load_model("resnet20"), (3, 32, 32))

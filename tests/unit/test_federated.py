@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from slt_planner.config import Config, StepSpec, Tier
 from slt_planner.data.datasets import Dataset, normalise
 from slt_planner.data.partition import partition
-from slt_planner.errors import InfeasibleError, InputError
+from slt_planner.errors import BudgetExceeded, InfeasibleError, InputError
 from slt_planner.federated.client import LocalTraining, client_seed, learning_rate, train_client
 from slt_planner.federated.evaluate import evaluate, recalibrate, split_without_tail
 from slt_planner.federated.experiment import run_experiment, train
@@ -24,7 +24,9 @@ from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.graph.trace import trace
 from slt_planner.memory import recording
+from slt_planner.memory.calibrate import calibrate
 from slt_planner.memory.measure import measure
+from slt_planner.memory.step import threads
 from slt_planner.models.registry import load_model
 from slt_planner.planning.solve import solve
 from slt_planner.submodel.extract import extract
@@ -323,3 +325,41 @@ def test_train_from_python_takes_the_commands_arguments(full_plan, tmp_path):
     )
     with pytest.raises(ValueError, match="clients"):
         train(plan, "digits", clients=-1, out=tmp_path / "other")
+
+
+def test_clients_under_their_budget_train_the_same_network(scheduled_plan, dataset, tmp_path):
+    run(scheduled_plan, dataset, tmp_path / "free", rounds=8)
+    result = run(scheduled_plan, dataset, tmp_path / "held", rounds=8, enforce=True)
+    assert result.status == "finished"
+    free, held = (load_file(tmp_path / name / "weights.safetensors") for name in ("free", "held"))
+    assert all(torch.equal(value, held[name]) for name, value in free.items())
+
+
+def test_a_client_is_stopped_one_byte_below_what_its_step_needs(dataset):
+    config = Config(freeze_depth=1, full_depth=2, head_scale=0.5)
+    calibrate(GRAPH, [config], SPEC)
+    training = LocalTraining(SPEC.settings, SPEC.batch_size, epochs=2, learning_rate=0.1, enforce=True)
+    with threads(SPEC):
+        peak = measure(extract(GRAPH, None, config), SPEC, details=False).peak_bytes
+        indices = np.arange(32)
+        train_client(extract(GRAPH, network(), config), dataset, indices, training, 1, peak)
+        with pytest.raises(BudgetExceeded, match="1 over the budget"):
+            train_client(extract(GRAPH, network(), config), dataset, indices, training, 1, peak - 1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_runs_in_other_precisions_learn_and_send_what_they_say(precision, dataset, tmp_path):
+    plan = solve(GRAPH, ["1GB"], SPEC.model_copy(update={"precision": precision}))
+    plain = solve(GRAPH, ["1GB"], SPEC)
+    stage, plain_stage = plan.tiers[0].stages[0], plain.tiers[0].stages[0]
+    assert stage.measured_peak_bytes < plain_stage.measured_peak_bytes
+    assert stage.upload_bytes == plain_stage.upload_bytes // (2 if precision == "bf16" else 1)
+    result = run(plan, dataset, tmp_path / "run", rounds=15)
+    assert result.rows[-1].accuracy > 0.5 > result.rows[0].accuracy or result.rows[-1].accuracy > 0.7
+    assert result.rows[-1].bytes_up == 2 * stage.upload_bytes
+
+
+def test_a_plan_for_another_device_is_not_run_here(full_plan, dataset):
+    elsewhere = full_plan.model_copy(update={"step": full_plan.step.model_copy(update={"device": "cuda"})})
+    with pytest.raises(InputError, match="the plan is for cuda"):
+        prepared(elsewhere, dataset)
