@@ -1,6 +1,6 @@
 """How true predicted memory is: prediction against a measured step, over networks x configurations x steps.
 
-    python benchmarks/memory_accuracy.py [--cases 12] [--models resnet20,vit_b_16] [--out results/memory_accuracy.json]
+    python benchmarks/memory_accuracy.py [--cases 10] [--models resnet20,vit_b_16] [--out results/memory_accuracy.json]
 
 Every case is drawn at random: a legal (freeze depth, full depth, head scale), a batch from 1 to 128, an optimizer,
 precision, layout, norms, threads. The truth is `slt_planner.measure`, which adds up the allocator's own events during a
@@ -37,12 +37,12 @@ RESULTS = Path(__file__).parent / "results" / "memory_accuracy.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=12, help="cases a network")
+    parser.add_argument("--cases", type=int, default=10, help="cases a network")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--most-memory", type=float, default=3e9, help="bytes of a step")
-    parser.add_argument("--most-flops", type=float, default=4e11, help="FLOPs of a step")
+    parser.add_argument("--most-flops", type=float, default=1.5e11, help="FLOPs of a step")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows_file = args.out.with_suffix(".jsonl")

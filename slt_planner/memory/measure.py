@@ -162,6 +162,9 @@ class _RecordedStep:
         return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
 
 
+_NUMBER_BYTES = 8
+
+
 @dataclass
 class _Block:
     """A piece of memory from its allocation to its release (far away where it outlives the recording)."""
@@ -178,6 +181,7 @@ class _History:
     """A recording read: every block from begin to end, what it is, and how live bytes change during the step."""
 
     def __init__(self, step: _RecordedStep, events: Sequence[Event]) -> None:
+        events = _without_doubled_numbers(events)
         self._step, self._events = step, events
         self._begin = _time_of("step", events)
         self._end = _time_of("end", events)
@@ -225,6 +229,26 @@ class _History:
         if block.saved_by is not None:
             return "activations"
         return "workspace" if block.within_one_operator else "temporaries"
+
+
+def _without_doubled_numbers(events: Sequence[Event]) -> list[Event]:
+    """Events without those of Python's numbers that are made into tensors twice because a dispatch mode looks on.
+
+    A number that is an operator's operand becomes a tensor of 8 bytes when the operator is called. With a mode that
+    happens before the mode is asked, outside every span, and once more when the mode calls the operator.
+    """
+    opened: dict[int, tuple[int, int]] = {}  # by address: the event's number and how many spans had ended
+    ended, doubled = 0, set[int]()
+    for number, event in enumerate(events):
+        if isinstance(event, SpanEnd):
+            ended += 1
+        elif isinstance(event, Allocation) and event.span == NO_SPAN and event.size == _NUMBER_BYTES:
+            opened[event.address] = (number, ended)
+        elif isinstance(event, Allocation) and event.size == -_NUMBER_BYTES and event.address in opened:
+            begin, ended_before = opened.pop(event.address)
+            if event.span == NO_SPAN and ended == ended_before + 1:
+                doubled |= {begin, number}
+    return [event for number, event in enumerate(events) if number not in doubled]
 
 
 def _time_of(name: str, events: Iterable[Event]) -> int:
