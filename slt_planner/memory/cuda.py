@@ -10,12 +10,16 @@ from slt_planner.errors import InputError
 
 
 @dataclass(frozen=True)
-class AllocatorPeaks:
-    """The most that was live during a piece of work, in bytes: of blocks, of what was asked for, of device memory."""
+class AllocatorBytes:
+    """Bytes of blocks that are live, of what was asked for, and of device memory that is held."""
 
     allocated: int
     requested: int
     reserved: int
+
+    def above(self, before: "AllocatorBytes") -> "AllocatorBytes":
+        """What is live beyond an earlier moment; what is held is held by all."""
+        return AllocatorBytes(self.allocated - before.allocated, self.requested - before.requested, self.reserved)
 
 
 def check(device: str) -> None:
@@ -24,24 +28,24 @@ def check(device: str) -> None:
         raise InputError("device cuda: torch sees no CUDA device here; use cpu")
 
 
-def allocated() -> int:
-    """Bytes of the blocks that are live now."""
-    return torch.cuda.memory_allocated()
+def live_now() -> AllocatorBytes:
+    """What is live at this moment."""
+    return _read("current")
 
 
-def peaks_during(work: Callable[[], None]) -> AllocatorPeaks:
+def peaks_during(work: Callable[[], None]) -> AllocatorBytes:
     """Run `work` and read its peaks."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # what earlier work left reserved is not this one's
     torch.cuda.reset_peak_memory_stats()
     work()
     torch.cuda.synchronize()
+    return _read("peak")
+
+
+def _read(what: str) -> AllocatorBytes:
     stats = torch.cuda.memory_stats()
-    return AllocatorPeaks(
-        allocated=stats["allocated_bytes.all.peak"],
-        requested=stats["requested_bytes.all.peak"],
-        reserved=stats["reserved_bytes.all.peak"],
-    )
+    return AllocatorBytes(*[stats[f"{kind}_bytes.all.{what}"] for kind in ("allocated", "requested", "reserved")])
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from slt_planner.memory.attribution import Attribution, unit_rows
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile
 from slt_planner.memory.recording import NO_SPAN, Allocation, Event, Mark, SpanEnd
 from slt_planner.memory.step import SteadyStep, as_trained, device_name, threads
-from slt_planner.memory.timeline import Change, find_peak, timeline
+from slt_planner.memory.timeline import Change, Peak, find_peak, timeline
 from slt_planner.submodel.extract import SubModel
 
 
@@ -64,19 +64,19 @@ def measure(
     if input_shape is None or num_classes is None:
         raise InputError("measuring a module that is no SubModel needs input_shape and num_classes")
     cuda.check(spec.device)
-    before = cuda.allocated() if spec.device == "cuda" else 0
+    before = cuda.live_now() if spec.device == "cuda" else None
     with threads(spec) as number, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # made-up data is the same every time: a detector's shapes depend on it
         own = as_trained(copy.deepcopy(module).to(spec.device), spec)
         step = _RecordedStep(SteadyStep(own, spec, input_shape, num_classes, adapter or Adapter()), details)
-        if spec.device == "cuda":  # blocks are larger than what is asked for
-            step.unaccounted = cuda.allocated() - before - sum(step.resident.values())
+        if before is not None:  # blocks are larger than what is asked for
+            step.unaccounted = cuda.live_now().allocated - before.allocated - sum(step.resident.values())
         events = recording.record(step.run, spec.device)
     history = _History(step, events)
     peak = find_peak(history.resident, history.changes)
-    peaks = step.peaks
-    if peaks is not None and peaks.allocated - before != peak.size:
-        raise RuntimeError(f"the allocator says {peaks.allocated - before} bytes, its history {peak.size}")
+    on_cuda = None if before is None or step.peaks is None else step.peaks.above(before)
+    if on_cuda is not None:
+        peak = _as_allocator_says(peak, on_cuda.allocated)
     return MemoryProfile(
         config=module.extraction.config if isinstance(module, SubModel) else None,
         spec=spec.model_copy(update={"threads": number}),
@@ -91,9 +91,18 @@ def measure(
         environment=environment(number),
         units=unit_rows(step.step, step.attribution, history.saved_by_unit(), spec.batch_size) if details else (),
         timeline=timeline(history.resident, history.changes) if details else (),
-        requested_bytes=None if peaks is None else peaks.requested - before,
-        reserved_bytes=None if peaks is None else peaks.reserved,
+        requested_bytes=None if on_cuda is None else on_cuda.requested,
+        reserved_bytes=None if on_cuda is None else on_cuda.reserved,
     )
+
+
+def _as_allocator_says(peak: Peak, allocated: int) -> Peak:
+    """The peak with CUDA's own high-water mark; what the history does not know of is scratch memory."""
+    unknown = allocated - peak.size
+    if unknown < 0:
+        raise RuntimeError(f"the allocator's peak is {allocated} bytes, its history's {peak.size}")
+    more = {**peak.breakdown, "workspace": peak.breakdown["workspace"] + unknown}
+    return replace(peak, size=allocated, breakdown=more)
 
 
 class _Spans(TorchDispatchMode):
@@ -127,7 +136,7 @@ class _RecordedStep:
         self.resident = {category: sum(_storages(tensors).values()) for category, tensors in step.tensors().items()}
         self.unaccounted = 0
         self.known: dict[Category, set[int]] = {}
-        self.peaks: cuda.AllocatorPeaks | None = None
+        self.peaks: cuda.AllocatorBytes | None = None
         self.attribution = Attribution()
         self._details = details
         self.spans = _Spans(self.attribution if details else None)
