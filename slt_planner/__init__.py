@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from slt_planner.models.registry import load_model
     from slt_planner.planning.plan import Plan, load_plan
     from slt_planner.planning.solve import solve
+    from slt_planner.planning.verification import Verification
+    from slt_planner.planning.verify import verify
     from slt_planner.reporting.report import report
     from slt_planner.submodel.extract import SubModel, extract
     from slt_planner.submodel.merge import merge
@@ -50,6 +52,7 @@ _HOME = {
     "SubModel": "submodel.extract",
     "Tier": "config",
     "UnsupportedLayerError": "errors",
+    "Verification": "planning.verification",
     "calibrate": "memory.calibrate",
     "extract": "submodel.extract",
     "load_model": "models.registry",
@@ -64,6 +67,7 @@ _HOME = {
     "solve": "planning.solve",
     "trace": "graph.trace",
     "train": "federated.experiment",
+    "verify": "planning.verify",
 }
 
 __all__ = [
@@ -83,6 +87,7 @@ __all__ = [
     "SubModel",
     "Tier",
     "UnsupportedLayerError",
+    "Verification",
     "calibrate",
     "extract",
     "load_model",
@@ -97,6 +102,7 @@ __all__ = [
     "solve",
     "trace",
     "train",
+    "verify",
 ]
 
 

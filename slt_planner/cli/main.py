@@ -7,6 +7,7 @@ from slt_planner.cli.plan import plan
 from slt_planner.cli.profile import profile
 from slt_planner.cli.report import report
 from slt_planner.cli.train import train
+from slt_planner.cli.verify import verify
 
 _HELP = "Plan and run successive layer training under memory budgets."
 
@@ -20,7 +21,7 @@ def _app(*commands: object) -> typer.Typer:
 
 def slt() -> None:
     """Entry of `slt`."""
-    run(_app(plan, train, profile, report), "slt")
+    run(_app(profile, plan, verify, train, report), "slt")
 
 
 def slt_plan() -> None:

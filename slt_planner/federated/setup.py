@@ -15,11 +15,11 @@ from slt_planner.federated.result import RunSettings
 from slt_planner.federated.strategies.base import ServerState, Strategy, init
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.federated.strategies.small import SmallNetwork
-from slt_planner.graph.trace import ModelGraph, trace
+from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.calibrate import calibrate
 from slt_planner.memory.measure import measure
 from slt_planner.memory.step import threads
-from slt_planner.models.registry import is_reference, load_model
+from slt_planner.planning.network import planned_network
 from slt_planner.planning.plan import Plan
 from slt_planner.planning.rounds import largest_remainder
 from slt_planner.submodel.extract import extract
@@ -87,25 +87,11 @@ def image_shape(plan: Plan) -> tuple[int, int, int]:
 def load_network(plan: Plan, seed: int, model: nn.Module | str | None = None) -> tuple[nn.Module, ModelGraph]:
     """The plan's network, freshly initialised by `seed` (or the one given), and its graph.
 
-    A plan is data: code that it names is not run unless the user names it too.
-
     Raises:
-        InputError: the plan names no network of a library and none is given, or the network is not the plan's.
+        InputError: as `planned_network`, or the network computes its own loss.
     """
-    name = plan.model.name if model is None else model
-    if name is None:
-        raise InputError("the plan names no model; pass the network it was made for")
-    if model is None and is_reference(str(name)):
-        raise InputError(f"the plan's model is your own code, {name}; if you trust it, pass --model {name}")
-    if not isinstance(name, nn.Module):
-        torch.manual_seed(seed)
-    network = load_model(name, None if is_reference(str(name)) else plan.num_classes, plan.input_shape)
-    graph = trace(network, plan.input_shape)
-    if graph.hash != plan.model.graph_hash:
-        raise InputError(
-            f"the model is not the plan's: its graph is {graph.hash}, planned was {plan.model.graph_hash}; "
-            "make a plan for this one"
-        )
+    torch.manual_seed(seed)
+    network, graph = planned_network(plan, model)
     if graph.adapter.part:
         raise InputError(
             "networks that compute their own loss can be planned and measured, not trained in a federation"

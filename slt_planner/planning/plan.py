@@ -12,6 +12,8 @@ from slt_planner.units import LARGEST_BYTES
 
 LimitedBy = Literal["budget", "later_stage", "weakest_tier", "full"]
 
+ProofKind = Literal["wider_head", "less_frozen"]
+
 
 class PlannedModel(Record):
     """Which network the plan is for; `name` is what was given on the command line, None for a module in memory.
@@ -76,7 +78,7 @@ class Proof(Config):
     """
 
     stage: int = Field(ge=0)
-    kind: Literal["wider_head", "less_frozen"]
+    kind: ProofKind
     measured_peak_bytes: int = Field(gt=0)
 
     @property

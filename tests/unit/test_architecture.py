@@ -15,12 +15,12 @@ BELOW = {
     "models": {"graph"},
     "submodel": {"graph"},
     "memory": {"graph", "submodel", "models"},
-    "planning": {"graph", "submodel", "memory"},
+    "planning": {"graph", "submodel", "memory", "models"},
     "data": set(),
     "federated": {"graph", "models", "submodel", "memory", "planning", "data"},
     "cli": {"graph", "models", "submodel", "memory", "planning", "federated", "data", "reporting"},
 }
-RECORDS = {"planning.plan", "memory.profile", "federated.result"}
+RECORDS = {"planning.plan", "planning.verification", "memory.profile", "federated.result"}
 FREE_OF_TORCH = [
     "config",
     "units",

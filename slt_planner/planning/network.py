@@ -1,0 +1,37 @@
+"""From a plan to its network. A plan is data: code that it names is not run unless the user names it too."""
+
+from torch import nn
+
+from slt_planner.errors import InputError
+from slt_planner.graph.trace import ModelGraph, trace
+from slt_planner.models.registry import is_reference, load_model
+from slt_planner.planning.plan import Plan
+
+
+def planned_network(
+    plan: Plan, model: nn.Module | str | None = None, weights: bool = True
+) -> tuple[nn.Module, ModelGraph]:
+    """The plan's network (or the one given) and its graph.
+
+    Args:
+        plan: the plan.
+        model: the network, or its name as `load_model` takes it; needed where the plan's is the user's own code.
+        weights: False leaves a network that is loaded here without values.
+
+    Raises:
+        InputError: the plan names no network of a library and none is given, or the network is not the plan's.
+    """
+    name = plan.model.name if model is None else model
+    if name is None:
+        raise InputError("the plan names no model; pass the network it was made for")
+    if model is None and is_reference(str(name)):
+        raise InputError(f"the plan's model is your own code, {name}; if you trust it, pass --model {name}")
+    classes = None if is_reference(str(name)) else plan.num_classes
+    network = load_model(name, classes, plan.input_shape, weights=weights or isinstance(name, nn.Module))
+    graph = trace(network, plan.input_shape)
+    if graph.hash != plan.model.graph_hash:
+        raise InputError(
+            f"the model is not the plan's: its graph is {graph.hash}, planned was {plan.model.graph_hash}; "
+            "make a plan for this one"
+        )
+    return network, graph
