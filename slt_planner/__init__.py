@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from slt_planner.memory.limit import memory_limit
     from slt_planner.memory.measure import measure
     from slt_planner.memory.predict import predict
+    from slt_planner.memory.process import measure_process
     from slt_planner.memory.profile import MemoryProfile, load_profile
     from slt_planner.models.registry import load_model
     from slt_planner.planning.plan import Plan, load_plan
@@ -60,6 +61,7 @@ _HOME = {
     "load_plan": "planning.plan",
     "load_run": "federated.run_folder",
     "measure": "memory.measure",
+    "measure_process": "memory.process",
     "memory_limit": "memory.limit",
     "merge": "submodel.merge",
     "predict": "memory.predict",
@@ -95,6 +97,7 @@ __all__ = [
     "load_profile",
     "load_run",
     "measure",
+    "measure_process",
     "memory_limit",
     "merge",
     "predict",

@@ -86,11 +86,15 @@ class ModelGraph:
         """What a sub-model keeps around the operators of its head; raises InputError beyond the last unit."""
         return cut_program(self.programs[training].graph, self.modules, config, self.depth)
 
-    def unit_of_tensor(self) -> dict[str, int]:
+    def unit_of_tensor(self) -> Mapping[str, int]:
         """The unit each parameter and buffer that is used freezes with, by fqn; depth + 1 for the classifier.
 
         A parameter that several units use freezes with the last of them.
         """
+        return self._unit_of_tensor
+
+    @cached_property
+    def _unit_of_tensor(self) -> Mapping[str, int]:
         units: dict[str, int] = {}
         for program in self.programs.values():
             for node in program.graph.nodes:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slt_planner.errors import BudgetExceeded
+from slt_planner.errors import BudgetExceeded, UnsupportedLayerError
 from slt_planner.memory import cuda, known
 from slt_planner.memory.attribution import Attribution
+from slt_planner.memory.numbers import NUMBER_BYTES, SavedNumbers
 from slt_planner.memory.operators import NO_OPERATORS, Operator, operator_of, tensors_in
 from slt_planner.memory.step import state_of
 from slt_planner.submodel.extract import SubModel
@@ -108,6 +108,7 @@ class _Guard(TorchDispatchMode):
         self.unit_names: dict[int, str] = {}
         self._budget, self._device = budget, device
         self._live = 0
+        self._numbers = SavedNumbers()
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @classmethod
@@ -118,6 +119,7 @@ class _Guard(TorchDispatchMode):
         """Count what is held, and follow the units of a sub-model; gives hooks to remove at the end."""
         self._growths = known.growths(self._device, torch.get_num_threads())
         self._attribution = Attribution()
+        self._live -= NUMBER_BYTES * self._numbers.forget()
         for tensor in _tensors_of(held):
             self._follow(tensor)
         optimizer = next((entry for entry in held if isinstance(entry, torch.optim.Optimizer)), None)
@@ -131,6 +133,8 @@ class _Guard(TorchDispatchMode):
             return func(*args, **kwargs)
         for tensor in tensors_in(args, kwargs):
             self._follow(tensor)
+        if self._device == "cpu":
+            self._live += NUMBER_BYTES * self._numbers.change(func, args)
         unit = self._attribution.operator(func, args, kwargs)
         operator = self._known(func, args, kwargs)
         if operator is not None:
@@ -146,7 +150,7 @@ class _Guard(TorchDispatchMode):
     def _known(self, func: Any, args: Any, kwargs: Any) -> Operator | None:
         try:
             return operator_of(func, args, kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
+        except UnsupportedLayerError:
             return None  # how much it gives is known only when it is done
 
     def _growth(self, operator: Operator) -> tuple[int, bool]:

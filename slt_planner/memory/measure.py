@@ -17,6 +17,7 @@ from slt_planner.errors import InputError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.memory import cuda, recording
 from slt_planner.memory.attribution import Attribution, unit_rows
+from slt_planner.memory.numbers import NUMBER_BYTES, SAVING
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile
 from slt_planner.memory.recording import NO_SPAN, Allocation, Event, Mark, SpanEnd
 from slt_planner.memory.step import SteadyStep, as_trained, device_name, threads
@@ -171,9 +172,6 @@ class _RecordedStep:
         return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
 
 
-_NUMBER_BYTES = 8
-
-
 @dataclass
 class _Block:
     """A piece of memory from its allocation to its release (far away where it outlives the recording)."""
@@ -194,15 +192,15 @@ class _History:
         self._step, self._events = step, events
         self._begin = _time_of("step", events)
         self._end = _time_of("end", events)
-        blocks_of_events = _blocks(events)
-        self._blocks = list({id(block): block for block in blocks_of_events.values()}.values())
+        self._block_of = _blocks(events)
+        self._blocks = list({id(block): block for block in self._block_of.values()}.values())
         self.resident = dict.fromkeys(CATEGORIES, 0) | step.resident
         self.resident["workspace"] += step.unaccounted
         self.changes: list[Change] = []
         for number, event in enumerate(events):
-            if not isinstance(event, Allocation) or number not in blocks_of_events:
+            if not isinstance(event, Allocation) or number not in self._block_of:
                 continue
-            category = self._category(blocks_of_events[number])
+            category = self._category(self._block_of[number])
             if event.time_ns < self._begin:
                 self.resident[category] += event.size
                 continue
@@ -210,14 +208,28 @@ class _History:
             self.changes.append(Change(event.size, category, name, unit, (event.time_ns - self._begin) / 1000))
 
     def tensor_peak(self) -> int:
-        """The most live bytes at the end of an operator."""
+        """The most live bytes at the end of an operator, of storages that operators see."""
         live = peak = sum(self._step.resident.values())
-        for event in self._events:
+        unseen = self._saved_numbers()
+        for number, event in enumerate(self._events):
             if isinstance(event, Allocation):
-                live += event.size
+                live += 0 if number in unseen else event.size
             elif isinstance(event, SpanEnd):
                 peak = max(peak, live)
         return peak
+
+    def _saved_numbers(self) -> set[int]:
+        """The events of numbers that autograd keeps as tensors: no operator sees those."""
+        blocks: list[_Block] = []
+        waiting: list[_Block] = []
+        for number, event in enumerate(self._events):
+            if isinstance(event, Allocation) and event.span == NO_SPAN and event.size == NUMBER_BYTES:
+                waiting.append(self._block_of[number])
+            elif isinstance(event, SpanEnd):
+                blocks += waiting if self._step.spans.operators[event.span][0] in SAVING else []
+                waiting.clear()
+        ours = set(map(id, blocks))
+        return {number for number, block in self._block_of.items() if id(block) in ours}
 
     def saved_by_unit(self) -> dict[int, int]:
         """Bytes saved for backward, by the unit that saved them first."""
@@ -251,9 +263,9 @@ def _without_doubled_numbers(events: Sequence[Event]) -> list[Event]:
     for number, event in enumerate(events):
         if isinstance(event, SpanEnd):
             ended += 1
-        elif isinstance(event, Allocation) and event.span == NO_SPAN and event.size == _NUMBER_BYTES:
+        elif isinstance(event, Allocation) and event.span == NO_SPAN and event.size == NUMBER_BYTES:
             opened[event.address] = (number, ended)
-        elif isinstance(event, Allocation) and event.size == -_NUMBER_BYTES and event.address in opened:
+        elif isinstance(event, Allocation) and event.size == -NUMBER_BYTES and event.address in opened:
             begin, ended_before = opened.pop(event.address)
             if event.span == NO_SPAN and ended == ended_before + 1:
                 doubled |= {begin, number}

@@ -13,7 +13,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils import _pytree as pytree
 
 from slt_planner.errors import UnsupportedLayerError
@@ -218,6 +224,12 @@ def _key(value: Any) -> Any:
     return float if isinstance(value, float) else value
 
 
+_UNFORESEEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
 _learned: dict[Key, Operator] = {}
 
 
@@ -227,13 +239,22 @@ def forget() -> None:
 
 
 def operator_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operator:
-    """What is known of a call with these tensors, real or hollow; nothing is run."""
+    """What is known of a call with these tensors, real or hollow; nothing is run.
+
+    Raises:
+        UnsupportedLayerError: what it gives depends on values, or torch cannot say it without running it.
+    """
     key = key_of(function, args, kwargs)
     operator = _learned.get(key)
     if operator is None:
         if len(_learned) >= _MOST_LEARNED:
             _learned.clear()
-        operator = _learned[key] = _learn(function, args, kwargs)
+        try:
+            operator = _learned[key] = _learn(function, args, kwargs)
+        except _UNFORESEEABLE as error:
+            raise UnsupportedLayerError(
+                f"{function}: what it gives cannot be foreseen; measure such steps, do not predict them"
+            ) from error
     return operator
 
 
@@ -331,12 +352,14 @@ def _as_image(argument: int) -> _Correction:
     return _first_lies(lambda args, out: out.contiguous(memory_format=suggest_memory_format(args[argument])))
 
 
-def _statistics_as_weight(weight: int) -> _Correction:
-    """Mean and deviation in the weight's number format, not in the input's."""
+def _others_in_format_of(argument: int) -> _Correction:
+    """Outputs but the first (statistics, weights' gradients) in the number format of an argument that is there."""
 
     def corrected(args: Sequence[Any], outputs: Any) -> Any:
-        normalised, *statistics = outputs
-        return outputs if args[weight] is None else (normalised, *[s.to(args[weight].dtype) for s in statistics])
+        if args[argument] is None:
+            return outputs
+        first, *others = outputs
+        return (first, *[other if other is None else other.to(args[argument].dtype) for other in others])
 
     return corrected
 
@@ -348,11 +371,12 @@ def _both(one: _Correction, other: _Correction) -> _Correction:
 _contiguous_first = _first_lies(lambda _, out: out.contiguous())
 
 _CORRECTIONS: dict[Any, _Correction] = {
-    torch.ops.aten.native_batch_norm.default: _both(_as_image(0), _statistics_as_weight(1)),
-    torch.ops.aten.native_group_norm.default: _statistics_as_weight(1),
-    torch.ops.aten.native_layer_norm.default: _statistics_as_weight(2),
-    torch.ops.aten.native_batch_norm_backward.default: _as_image(1),
-    torch.ops.aten.native_layer_norm_backward.default: _contiguous_first,
+    torch.ops.aten.native_batch_norm.default: _both(_as_image(0), _others_in_format_of(1)),
+    torch.ops.aten.native_group_norm.default: _others_in_format_of(1),
+    torch.ops.aten.native_layer_norm.default: _others_in_format_of(2),
+    torch.ops.aten.native_batch_norm_backward.default: _both(_as_image(1), _others_in_format_of(2)),
+    torch.ops.aten.native_group_norm_backward.default: _others_in_format_of(4),
+    torch.ops.aten.native_layer_norm_backward.default: _both(_contiguous_first, _others_in_format_of(5)),
     torch.ops.aten._log_softmax_backward_data.default: _contiguous_first,
     torch.ops.aten.hardswish_backward.default: _as_sum_of(0, 1),
     torch.ops.aten.hardsigmoid_backward.default: _as_sum_of(0, 1),

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +14,7 @@ from slt_planner.config import Config, StepSpec
 from slt_planner.errors import UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.attribution import Attribution, unit_rows
+from slt_planner.memory.numbers import NUMBER_BYTES, SavedNumbers
 from slt_planner.memory.operators import NO_OPERATORS, Hollow, Operator, TensorSpec, operator_of
 from slt_planner.memory.profile import Category, UnitRow
 from slt_planner.memory.step import SteadyStep, as_trained
@@ -121,6 +121,8 @@ class _Watch(TorchDispatchMode):
         self.step = SimulatedStep()
         self._attribution = attribution
         self._live = 0
+        self._numbers = SavedNumbers()
+        self._kept_numbers: list[Storage] = []
         self._lives: dict[int, _Life] = {}
 
     @classmethod
@@ -135,10 +137,8 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         unit = self._attribution.operator(func, args, kwargs) if self._attribution else 0
         live_before = self._live
-        try:
-            operator = operator_of(func, args, kwargs)
-        except DataDependentOutputException as error:
-            raise UnsupportedLayerError(f"{func}: its result depends on values; measure the step instead") from error
+        operator = operator_of(func, args, kwargs)
+        self._keep_numbers(self._numbers.change(func, args))
         if func is _LIFT:  # what is made of Python's numbers arrives as a real tensor
             outputs = Hollow.of(TensorSpec.of(args[0]))
         elif operator.changes_shapes:
@@ -171,6 +171,15 @@ class _Watch(TorchDispatchMode):
             self.step.storages.append(record)
             self._live += record.size
         return life.record
+
+    def _keep_numbers(self, more: int) -> None:
+        """Numbers have no storage here, and all are alike: which of them goes makes no difference."""
+        now = len(self.step.calls)
+        for _ in range(more):
+            self._kept_numbers.append(Storage(NUMBER_BYTES, now))
+            self.step.storages.append(self._kept_numbers[-1])
+        for _ in range(-more):
+            self._kept_numbers.pop().end = now
 
     def _gone(self, address: int) -> Any:
         def gone(life: _Life) -> None:

@@ -11,7 +11,7 @@ import slt_planner as slt
 from slt_planner.memory import operators
 from slt_planner.memory.step import SteadyStep, as_trained
 
-MODELS = {"resnet20": (3, 32, 32), "vit_cifar": (3, 32, 32), "densenet40": (3, 32, 32)}
+MODELS = {"resnet20": (3, 32, 32), "vit_cifar": (3, 32, 32), "densenet40": (3, 32, 32), "scaled": (3, 8, 8)}
 CASES = [
     ("resnet20", slt.Config(freeze_depth=4, full_depth=5, head_scale=0.5), slt.StepSpec(batch_size=8)),
     ("resnet20", slt.Config.full_network(), slt.StepSpec(batch_size=4, optimizer="adam", set_to_none=False)),
@@ -21,13 +21,31 @@ CASES = [
         slt.StepSpec(batch_size=4, precision="bf16"),
     ),
     ("vit_cifar", slt.Config(freeze_depth=2, full_depth=3, head_scale=0.5), slt.StepSpec(batch_size=2)),
+    ("scaled", slt.Config(freeze_depth=0, full_depth=1, head_scale=0.5), slt.StepSpec(batch_size=2, optimizer="adamw")),
     ("densenet40", slt.Config(freeze_depth=9, full_depth=10, head_scale=0.5), slt.StepSpec(batch_size=2)),
 ]
 
 
+class Scaled(nn.Module):
+    """Numbers as operands: autograd keeps them as tensors that no operator sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)])
+        self.out = nn.Linear(4, 10)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = torch.relu(conv(x) * 0.5) / 3
+        return self.out(x.mean((2, 3)).mul(2))
+
+
 @pytest.fixture(scope="module")
 def graphs():
-    return {name: slt.trace(slt.load_model(name), shape) for name, shape in MODELS.items()}
+    def model(name):
+        return Scaled() if name == "scaled" else slt.load_model(name)
+
+    return {name: slt.trace(model(name), shape) for name, shape in MODELS.items()}
 
 
 def steady_step(graph, config, spec):
