@@ -55,6 +55,11 @@ class Attribution:
         """The unit that the step is in."""
         return self._unit
 
+    @property
+    def in_optimizer(self) -> bool:
+        """The optimizer's part of the step has begun."""
+        return self._in_optimizer
+
     def following(self, module: nn.Module) -> AbstractContextManager[None]:
         """While this lasts, forward passes of the module are followed from unit to unit."""
         return module.following_units(self._enter) if isinstance(module, SubModel) else nullcontext()

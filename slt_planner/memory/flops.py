@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, shape_wrapper
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, sdpa_flop_count, shape_wrapper
 
 from slt_planner.submodel.extract import SubModel
 
@@ -30,7 +30,18 @@ def _convolution_backward(
     return conv_flop_count(list(x), list(weight), list(gradient), transposed) * sum(wanted[:2])
 
 
-_OWN: dict[Any, Callable[..., int]] = {torch.ops.aten.convolution_backward: _convolution_backward}
+def _attention_backward(_gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """The gradients of both matrix products; what a fused kernel computes again is not counted."""
+    return 2 * sdpa_flop_count(query, key, value)
+
+
+_OWN: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.convolution_backward: _convolution_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+    torch.ops.aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+}
 _COUNTS: Mapping[Any, Callable[..., int]] = {**flop_registry, **{op: shape_wrapper(own) for op, own in _OWN.items()}}
 
 

@@ -1,7 +1,8 @@
 """ATen operators as a dispatch mode sees them: telling one call from another, and what a call gives without running it.
 
 What a call gives out depends on its signature alone: shapes, strides, types and devices of its tensors, and its other
-arguments but for the values of real numbers. It is learned once a signature, from torch's fake tensors.
+arguments but for the values of real numbers (those count where there is no tensor, as in arange). It is learned once a
+signature, from torch's fake tensors.
 """
 
 import json
@@ -212,8 +213,15 @@ class Operator:
 
 def key_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Key:
     """Equal for calls of one signature."""
+    if not _takes_tensors(function):
+        return (function, str(args), str(kwargs))
     key = (function, *[_key(value) for value in args])
     return (*key, *[(name, _key(value)) for name, value in kwargs.items()]) if kwargs else key
+
+
+@cache
+def _takes_tensors(function: Any) -> bool:
+    return any("Tensor" in str(argument.type) for argument in function._schema.arguments)
 
 
 def _key(value: Any) -> Any:
@@ -294,7 +302,8 @@ def _learn(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
             itself=itself is not None,
         )
 
-    signature = f"{function}({_told(*specs)})"
+    numbers = "float" if _takes_tensors(function) else None
+    signature = f"{function}({_told(specs[0], specs[1], numbers)})"
     described_outputs = _as_known(signature, own, tuple(described(leaf) for leaf in leaves))
     return Operator(
         name=function._schema.name,  # type: ignore[attr-defined]
@@ -352,14 +361,17 @@ def _as_image(argument: int) -> _Correction:
     return _first_lies(lambda args, out: out.contiguous(memory_format=suggest_memory_format(args[argument])))
 
 
-def _others_in_format_of(argument: int) -> _Correction:
-    """Outputs but the first (statistics, weights' gradients) in the number format of an argument that is there."""
+def _first_in_format_of(argument: int) -> _Correction:
+    return _first_lies(lambda args, out: out.to(args[argument].dtype))
+
+
+def _others_in_format_of(*arguments: int) -> _Correction:
+    """Outputs but the first (statistics, gradients of weights) in the format of the first of these that is there."""
 
     def corrected(args: Sequence[Any], outputs: Any) -> Any:
-        if args[argument] is None:
-            return outputs
+        like = next((args[argument] for argument in arguments if args[argument] is not None), None)
         first, *others = outputs
-        return (first, *[other if other is None else other.to(args[argument].dtype) for other in others])
+        return outputs if like is None else (first, *[o if o is None else o.to(like.dtype) for o in others])
 
     return corrected
 
@@ -371,11 +383,11 @@ def _both(one: _Correction, other: _Correction) -> _Correction:
 _contiguous_first = _first_lies(lambda _, out: out.contiguous())
 
 _CORRECTIONS: dict[Any, _Correction] = {
-    torch.ops.aten.native_batch_norm.default: _both(_as_image(0), _others_in_format_of(1)),
-    torch.ops.aten.native_group_norm.default: _others_in_format_of(1),
-    torch.ops.aten.native_layer_norm.default: _others_in_format_of(2),
+    torch.ops.aten.native_batch_norm.default: _both(_as_image(0), _others_in_format_of(1, 2, 3, 4)),
+    torch.ops.aten.native_group_norm.default: _others_in_format_of(1, 2),
+    torch.ops.aten.native_layer_norm.default: _others_in_format_of(2, 3),
     torch.ops.aten.native_batch_norm_backward.default: _both(_as_image(1), _others_in_format_of(2)),
-    torch.ops.aten.native_group_norm_backward.default: _others_in_format_of(4),
+    torch.ops.aten.native_group_norm_backward.default: _both(_first_in_format_of(1), _others_in_format_of(4)),
     torch.ops.aten.native_layer_norm_backward.default: _both(_contiguous_first, _others_in_format_of(5)),
     torch.ops.aten._log_softmax_backward_data.default: _contiguous_first,
     torch.ops.aten.hardswish_backward.default: _as_sum_of(0, 1),
@@ -414,15 +426,15 @@ def tensors_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tenso
             yield from tensors_in(value, {})
 
 
-def _told(args: Any, kwargs: Mapping[str, Any]) -> str:
-    parts = [_text(value) for value in args] + [f"{name}={_text(value)}" for name, value in kwargs.items()]
-    return ", ".join(parts)
+def _told(args: Any, kwargs: Mapping[str, Any], real_numbers: str | None) -> str:
+    """A call's arguments as text; real numbers as `real_numbers`, or as they are."""
 
+    def text(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(text, value))}]"
+        return real_numbers if real_numbers and isinstance(value, float) else str(value)
 
-def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_text, value))}]"
-    return "float" if isinstance(value, float) else str(value)
+    return ", ".join([*map(text, args), *[f"{name}={text(value)}" for name, value in kwargs.items()]])
 
 
 def _short(dtype: torch.dtype) -> str:

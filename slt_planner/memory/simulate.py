@@ -1,7 +1,8 @@
 """A training step without values: every operator called, nothing computed, the life of every storage followed."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,7 +69,7 @@ def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -
     _make_hollow(module, torch.device("cuda:0" if spec.device == "cuda" else "cpu"))
     step = SteadyStep(module, spec, graph.input_shape, graph.num_classes, graph.adapter)
     attribution = Attribution()
-    watch = _Watch(attribution if details else None)
+    watch = _Watch(attribution, details)
     watch.hold(step.tensors())
     with watch:
         step.prepare()
@@ -76,15 +77,23 @@ def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -
         watch.forget_calls()
         attribution.begin(step.module, step.optimizer)
         hooks = torch.autograd.graph.saved_tensors_hooks(watch.say_saved, lambda tensor: tensor)
-        if details:
-            with hooks, attribution.following(module):
-                step.run(watch.hold)
-        else:
-            with hooks:
-                step.run(watch.hold)
+        following = attribution.following(module) if details else nullcontext()
+        with hooks, following, _values_refused():
+            step.run(watch.hold)
     if details:
         watch.step.units = unit_rows(step, attribution, watch.saved_by_unit(), spec.batch_size)
     return watch.step
+
+
+@contextmanager
+def _values_refused() -> Iterator[None]:
+    """Python code that asks for a tensor's values, as numpy() and tolist() do, is told in our words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "tensor subclasses" not in str(error):
+            raise
+        raise UnsupportedLayerError("the step looks at values; measure such steps, do not predict them") from error
 
 
 def _make_hollow(module: nn.Module, device: torch.device) -> None:
@@ -116,10 +125,11 @@ class _Life(weakref.ref):
 class _Watch(TorchDispatchMode):
     """Answers every operator with what it gives, and follows the storages."""
 
-    def __init__(self, attribution: Attribution | None) -> None:
+    def __init__(self, attribution: Attribution, details: bool) -> None:
         super().__init__()
         self.step = SimulatedStep()
-        self._attribution = attribution
+        self._attribution, self._details = attribution, details
+        self._preparing = True
         self._live = 0
         self._numbers = SavedNumbers()
         self._kept_numbers: list[Storage] = []
@@ -135,7 +145,7 @@ class _Watch(TorchDispatchMode):
         if func in NO_OPERATORS:
             return func(*args)
         kwargs = kwargs or {}
-        unit = self._attribution.operator(func, args, kwargs) if self._attribution else 0
+        unit = self._attribution.operator(func, args, kwargs) if self._details else 0
         live_before = self._live
         operator = operator_of(func, args, kwargs)
         self._keep_numbers(self._numbers.change(func, args))
@@ -150,14 +160,14 @@ class _Watch(TorchDispatchMode):
                 if isinstance(leaf, Tensor):
                     self._follow(leaf)
         self.step.calls.append(Call(operator, unit, live_before, self._live))
-        if self._attribution:
+        if self._details:
             self._attribution.called(func, args, kwargs, outputs)
         return outputs
 
     def _item(self) -> float:
         """The optimizer's count of steps is the only value that a step may look at."""
-        if torch._C._current_autograd_node() is not None:
-            raise UnsupportedLayerError("the backward pass looks at values; measure the step instead")
+        if not (self._preparing or self._attribution.in_optimizer):
+            raise UnsupportedLayerError("the step looks at values; measure such steps, do not predict them")
         return 1.0
 
     def _follow(self, tensor: Tensor) -> Storage:
@@ -199,11 +209,12 @@ class _Watch(TorchDispatchMode):
         """Note that a tensor is saved for backward; what is saved is an alias."""
         record = self._follow(tensor)
         if record.saved_by is None:
-            record.saved_by = self._attribution.unit if self._attribution else 0
+            record.saved_by = self._attribution.unit
         return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
 
     def forget_calls(self) -> None:
         """The step begins here: what is alive was there before."""
+        self._preparing = False
         self.step.calls.clear()
         alive = [life.record for life in self._lives.values()]
         for record in alive:
