@@ -38,9 +38,10 @@ def calibrate(
 ) -> Calibration:
     """Learn the scratch memory of the operators of these steps that are not known on this device yet.
 
-    Each is run once, alone, on zeros; that takes no more memory than the operator itself. What is learned is kept
-    under the user's cache folder (or the folder that the variable SLT_CACHE names), by processor, torch version and
-    number of threads.
+    Each is run once, alone, on zeros; no more is alive than that operator needs (`Calibration.largest_bytes`), though
+    the C library may keep more of the process resident. What is learned is kept under the user's cache folder (or the
+    folder that the variable SLT_CACHE names), by processor, torch version and number
+    of threads.
 
     Args:
         graph: the traced network.

@@ -30,6 +30,10 @@ def _convolution_backward(
     return conv_flop_count(list(x), list(weight), list(gradient), transposed) * sum(wanted[:2])
 
 
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
 def _attention_backward(_gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """The gradients of both matrix products; what a fused kernel computes again is not counted."""
     return 2 * sdpa_flop_count(query, key, value)
@@ -37,6 +41,7 @@ def _attention_backward(_gradient: Any, query: Any, key: Any, value: Any, *_: An
 
 _OWN: dict[Any, Callable[..., int]] = {
     torch.ops.aten.convolution_backward: _convolution_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # torch 2.6 has none
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward,
     torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
