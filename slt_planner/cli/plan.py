@@ -72,6 +72,8 @@ def plan(
         threads=threads,
         device=device,
     )
+    if batch_size < 2:
+        raise InputError(f"--batch-size {batch_size}: a plan is for batches of 2 or more")
     if policy != "coupled":
         raise InputError(f"unknown policy {policy!r}; known is coupled")
     shape = None if input_shape is None else numbers(input_shape, "--input-shape")

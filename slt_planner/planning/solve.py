@@ -50,9 +50,11 @@ def solve(
         progress: called after each measured step.
 
     Raises:
-        InputError: a budget that cannot be read, or tiers that share a name.
+        InputError: a budget that cannot be read, tiers that share a name, or a batch of one.
         InfeasibleError: no tier has a schedule; the message gives each tier's reason.
     """
+    if spec.batch_size < 2:
+        raise InputError(f"batch size {spec.batch_size}: a plan is for batches of 2 or more")
     if spec.threads is None:
         spec = spec.model_copy(update={"threads": torch.get_num_threads()})
     ordered = _ordered_tiers(tiers)
@@ -179,7 +181,8 @@ def _feasible(
 
 def _tier_stage(config: Config, choice: StageChoice, bench: MeasuringBench, binding: bool) -> TierStage:
     profile = bench.profile(config)
-    sub = as_trained(extract(bench.graph, None, config, bench.spec.norms, on_meta=True), bench.spec)
+    on_meta = not bench.graph.adapter.part  # shapes that depend on data need some
+    sub = as_trained(extract(bench.graph, None, config, bench.spec.norms, on_meta), bench.spec)
     return TierStage(
         freeze_depth=config.freeze_depth,
         full_depth=config.full_depth,
