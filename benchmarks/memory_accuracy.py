@@ -20,16 +20,37 @@ from pathlib import Path
 
 import torch
 
-# Where the predictor was tried while it was written; all other networks were only met here.
-BUILT_WITH = ("resnet20", "resnet152", "vit_b_16", "vit_cifar", "densenet40", "mobilenet_v2")
-MODELS = (
-    *BUILT_WITH,
+# Whose operators were looked at while the predictor was written.
+BUILT_WITH = (
+    *("resnet20", "resnet152", "vit_b_16", "vit_cifar", "densenet40", "mobilenet_v2"),
     *("resnet56", "resnet110_pad", "vgg9", "convnet", "alexnet", "vgg11_bn", "squeezenet1_1", "googlenet"),
     *("inception_v3", "densenet121", "resnet18", "resnext50_32x4d", "wide_resnet50_2", "mnasnet0_5"),
     *("mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0", "efficientnet_v2_s", "regnet_y_400mf"),
     *("regnet_x_800mf", "convnext_tiny", "swin_t", "swin_v2_t", "maxvit_t", "vit_b_32", "lraspp_mobilenet_v3_large"),
     *("deeplabv3_mobilenet_v3_large", "r3d_18"),
 )
+# First met here: others of known families, and families that were not known.
+HELD_OUT = (
+    *("resnet44", "densenet169", "resnet34", "resnet50", "vgg16", "squeezenet1_0", "mnasnet1_0", "mobilenet_v3_large"),
+    *(
+        "shufflenet_v2_x1_0",
+        "efficientnet_b1",
+        "regnet_y_800mf",
+        "regnet_x_1_6gf",
+        "convnext_small",
+        "swin_s",
+        "mc3_18",
+    ),
+    *(
+        "timm:ghostnet_100",
+        "timm:mixer_s32_224",
+        "timm:poolformer_s12",
+        "timm:convmixer_768_32",
+        "timm:deit_tiny_patch16_224",
+    ),
+    *("timm:res2net50_26w_4s", "timm:dla34", "timm:hardcorenas_a", "timm:lcnet_050"),
+)
+MODELS = (*BUILT_WITH, *HELD_OUT)
 BATCHES = (1, 2, 3, 4, 8, 16, 24, 32, 64, 128)
 PEERS = ("torchinfo", "plain_sum", "mem_tracker")
 RESULTS = Path(__file__).parent / "results" / "memory_accuracy.json"
