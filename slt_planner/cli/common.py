@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
 _RecordT = TypeVar("_RecordT", bound=Record)
+_ChoiceT = TypeVar("_ChoiceT", bound=str)
 
 
 def consoles(json_output: bool) -> tuple[Console, Console]:
@@ -76,6 +77,18 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"{option} {text!r}: give positive whole numbers with commas, such as 3,64,64")
     return tuple(int(part) for part in parts)
+
+
+def chosen(value: str, option: str, known: tuple[_ChoiceT, ...]) -> _ChoiceT:
+    """One of the known values of an option.
+
+    Raises:
+        InputError: something else.
+    """
+    for one in known:
+        if one == value:
+            return one
+    raise InputError(f"{option} {value!r}: known are {', '.join(known)}")
 
 
 def validated(record: type[_RecordT], **values: Any) -> _RecordT:

@@ -2,20 +2,20 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from slt_planner.cli.common import command_line, consoles, numbers, traced_network, validated
-from slt_planner.config import Config, StepSpec, Tier, equal_tiers
+from slt_planner.cli.common import chosen, command_line, consoles, numbers, traced_network, validated
+from slt_planner.config import StepSpec, Tier, equal_tiers
 from slt_planner.errors import InputError
 from slt_planner.files import check_writable, refuse_existing
-from slt_planner.planning.plan import Plan
+from slt_planner.planning.plan import Plan, Policy, RoundsPolicy
 from slt_planner.reporting.html import report_paths
 from slt_planner.reporting.report import report as write_report
-from slt_planner.reporting.terminal import plan_table
+from slt_planner.reporting.terminal import count, plan_table, shorten
 
 
 def plan(
@@ -40,8 +40,17 @@ def plan(
     device: Annotated[str, typer.Option(help="Where steps are measured: cpu or cuda.")] = "cpu",
     policy: Annotated[
         str,
-        typer.Option(help="coupled: all tiers share depth and head scale of a stage."),
+        typer.Option(help="coupled: all tiers share a stage's head scale; per-tier: each has the widest that fits it."),
     ] = "coupled",
+    rounds_policy: Annotated[
+        str, typer.Option(help="A stage's rounds: in proportion to its trainable parameters, or equal.")
+    ] = "parameters",
+    verify: Annotated[
+        bool,
+        typer.Option(
+            " /--no-verify", help="Rest on predictions: quick, and for networks that this machine cannot train."
+        ),
+    ] = True,
     input_shape: Annotated[str | None, typer.Option(help="Of one sample, such as 3,64,64.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, max=10**6, help="Outputs of the network.")] = None,
     out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
@@ -49,7 +58,7 @@ def plan(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
 ) -> None:
-    """Find the largest schedule that fits each budget, by measuring real training steps.
+    """Find the largest schedule that fits each budget; real training steps, measured, are the proof.
 
     Prints a table and writes plan.json and a report (HTML and PNG).
     """
@@ -74,10 +83,13 @@ def plan(
     )
     if batch_size < 2:
         raise InputError(f"--batch-size {batch_size}: a plan is for batches of 2 or more")
-    if policy != "coupled":
-        raise InputError(f"unknown policy {policy!r}; known is coupled")
     shape = None if input_shape is None else numbers(input_shape, "--input-shape")
-    solved = _solve(model, tiers, spec, shape, num_classes, progress_console)
+    how = _How(
+        verify=verify,
+        policy=chosen(policy, "--policy", get_args(Policy)),
+        rounds_policy=chosen(rounds_policy, "--rounds-policy", get_args(RoundsPolicy)),
+    )
+    solved = _solve(model, tiers, spec, how, shape, num_classes, progress_console)
     solved.save(out, force=force)
     write_report(solved, report, force=force, command=command_line())
     if json_output:
@@ -86,10 +98,19 @@ def plan(
     console.print(f"Written: {', '.join(map(str, targets))}", soft_wrap=True, markup=False, highlight=False)
 
 
+class _How(TypedDict):
+    """How a plan is to be made."""
+
+    verify: bool
+    policy: Policy
+    rounds_policy: RoundsPolicy
+
+
 def _solve(
     model: str,
     tiers: tuple[Tier, ...],
     spec: StepSpec,
+    how: _How,
     input_shape: tuple[int, ...] | None,
     num_classes: int | None,
     console: Console,
@@ -97,16 +118,21 @@ def _solve(
     from slt_planner.planning.solve import solve
 
     graph = traced_network(model, input_shape, num_classes)
-    began, count = time.perf_counter(), 0
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    began, done = time.perf_counter(), {"searching": 0, "measuring": 0}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{model}: measuring training steps", total=None)
+        tasks = {
+            "searching": bar.add_task(f"{shorten(model)}: configurations foreseen", total=None),
+            "measuring": bar.add_task(f"{shorten(model)}: training steps measured", total=None, visible=False),
+        }
 
-        def measured(number: int, config: Config) -> None:
-            nonlocal count
-            count = number
-            bar.update(task, description=f"{model}: measured {number} training steps, the last {config}")
+        def tell(what: str, number: int, of: int | None) -> None:
+            done[what] = max(done[what], number)
+            bar.update(tasks[what], completed=number, total=of, visible=True)
 
-        solved = solve(graph, tiers, spec, model, measured)
-    console.print(f"{model}: measured {count} training steps in {time.perf_counter() - began:.0f} s", markup=False)
+        solved = solve(graph, tiers, spec, model, tell, **how)
+    seconds = time.perf_counter() - began
+    measured = f", measured {count(done['measuring'], 'training step')}" if how["verify"] else ""
+    looked = count(done["searching"], "configuration")
+    console.print(f"{model}: foresaw {looked}{measured} in {seconds:.{1 if seconds < 10 else 0}f} s", markup=False)
     return solved

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from slt_planner.memory.profile import CATEGORIES, Category, TimelinePoint
+from slt_planner.memory.profile import CATEGORIES, Category, Phase, TimelinePoint
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Change:
     operator: str
     unit: int
     time_us: float | None = None
+    phase: Phase | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Peak:
     breakdown: dict[Category, int]
     operator: str
     unit: int
+    phase: Phase | None = None
 
 
 def find_peak(resident: Mapping[Category, int], changes: Iterable[Change]) -> Peak:
@@ -38,7 +40,7 @@ def find_peak(resident: Mapping[Category, int], changes: Iterable[Change]) -> Pe
         live[change.category] += change.size
         if now > most:
             most = now
-            peak = Peak(now, dict(live), change.operator or "(none)", change.unit)
+            peak = Peak(now, dict(live), change.operator or "(none)", change.unit, change.phase)
     return peak
 
 

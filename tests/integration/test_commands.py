@@ -84,7 +84,7 @@ def test_json_goes_to_stdout_alone(command, tmp_path):
         (["resnet20", "--budgets", "1MB", "--optimizer", "lion"], 2, "--optimizer lion: "),
         (["resnet20", "--budgets", "1MB", "--weight-decay", "-1"], 2, "--weight-decay -1.0: "),
         (["resnet20", "--budgets", "1MB", "--device", "tpu"], 2, "--device tpu: "),
-        (["resnet20", "--budgets", "1MB", "--policy", "best"], 2, "unknown policy 'best'"),
+        (["resnet20", "--budgets", "1MB", "--policy", "best"], 2, "--policy 'best': known are coupled, per-tier"),
         (["resnet20", "--budgets", "1MB", "--input-shape", "3,x"], 2, "--input-shape '3,x': give positive whole"),
         (["resnet20", "--budgets", "1MB", "--input-shape", "1,32,32"], 2, "does not take inputs of 1x32x32"),
         (["resnet20", "--budgets", "1MB", "--report", "x.pdf"], 2, "must end in .html"),
