@@ -51,7 +51,8 @@ class TierStage(Config):
 
     `measured_peak_bytes` is on the allocator ruler; `measured_breakdown` adds up to it. `predicted_peak_bytes` is None
     where nothing was predicted. `upload_bytes` are the trained parameters (and their norms' running statistics, if
-    there are any), sent once a round by each client.
+    there are any), sent once a round by each client. `download_bytes` are every tensor that the sub-model holds: what
+    a client that has nothing yet must get (None in plans of older versions).
     `train_flops_per_sample` counts a multiply and an add as two; the frozen part runs forward only.
     """
 
@@ -62,12 +63,21 @@ class TierStage(Config):
     levers: tuple[str, ...] = ()
     trainable_parameters: int = Field(gt=0)
     upload_bytes: int = Field(gt=0)
+    download_bytes: int | None = Field(default=None, gt=0)
     train_flops_per_sample: int = Field(gt=0)
 
     @property
     def config(self) -> Config:
         """The configuration alone."""
         return _config_of(self)
+
+    @property
+    def frozen_bytes(self) -> int | None:
+        """The part of `download_bytes` that this tier's clients leave as it is.
+
+        What all tiers freeze need travel only at a client's first selection in the stage (`costs.unchanging_bytes`).
+        """
+        return None if self.download_bytes is None else self.download_bytes - self.upload_bytes
 
 
 class Proof(Config):

@@ -192,6 +192,7 @@ def _tier_stage(config: Config, choice: StageChoice, bench: MeasuringBench, bind
         measured_breakdown=profile.breakdown,
         trainable_parameters=sum(p.numel() for p in sub.parameters() if p.requires_grad),
         upload_bytes=sum(t.nbytes for t in sub.trained_state().values()),
+        download_bytes=sum(t.nbytes for t in sub.held_state().values()),
         train_flops_per_sample=training_flops(sub),
     )
 
