@@ -96,6 +96,8 @@ def test_what_is_rounded_up_is_enough(number):
         "units",
         "config",
         "planning.rounds",
+        "planning.tiers",
+        "planning.costs",
         "graph.widths",
         "graph.trace",
         "submodel.extract",
