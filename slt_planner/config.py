@@ -98,7 +98,21 @@ class StepSpec(StepSettings):
         return StepSettings(**self.model_dump(exclude={"batch_size"}))
 
 
-class Tier(Record):
+class DeviceFigures(Record):
+    """What estimates of time and energy want to know of a device; each may be unknown (None).
+
+    `flops_per_s` is what fp32 training sustains, a multiply and an add counted as two. `power_w` is the whole device's
+    draw while it trains, `link_power_w` while it sends or receives.
+    """
+
+    flops_per_s: float | None = Field(default=None, gt=0)
+    upload_bytes_per_s: float | None = Field(default=None, gt=0)
+    download_bytes_per_s: float | None = Field(default=None, gt=0)
+    power_w: float | None = Field(default=None, gt=0)
+    link_power_w: float | None = Field(default=None, gt=0)
+
+
+class Tier(DeviceFigures):
     """A class of devices that share a memory budget; `share` is its fraction of all clients."""
 
     name: str

@@ -137,7 +137,7 @@ def _parsed_config(text: str, option: str) -> Config:
     try:
         return Config(freeze_depth=depths[0], full_depth=depths[1], head_scale=head_scale)
     except ValidationError as error:
-        raise InputError(f"{option} {text}: {first_invalid(error).removeprefix('Value error, ')}") from error
+        raise InputError(f"{option} {text}: {first_invalid(error)}") from error
 
 
 def _refuse_step_options(context: typer.Context) -> None:

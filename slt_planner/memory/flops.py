@@ -65,7 +65,7 @@ def step_costs(model: SubModel, train_flops_per_sample: int = 0) -> StepCosts:
     return StepCosts(
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         upload_bytes=sum(tensor.nbytes for tensor in model.trained_state().values()),
-        download_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
+        download_bytes=sum(tensor.nbytes for tensor in model.held_state().values()),
         train_flops_per_sample=train_flops_per_sample,
     )
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slt_planner.config import MAX_BATCH, Config, Record, StepSettings, StepSpec
+from slt_planner.config import MAX_BATCH, Config, DeviceFigures, Record, StepSettings, StepSpec
 from slt_planner.files import read_record, write_text
 from slt_planner.memory.profile import Category, MemoryProfile
 from slt_planner.units import LARGEST_BYTES
@@ -78,8 +78,8 @@ class TierStage(PlannedStep):
     """A configuration that one tier holds for one stage, and what it costs there.
 
     The breakdowns are by category at the peak's moment and add up to it. `upload_bytes` are the trained parameters (and
-    their norms' running statistics, if there are any), sent once a round by each client; `download_bytes` all that the
-    sub-model holds, of which a client that was there before in this stage lacks only what is trained.
+    their norms' running statistics, if there are any), sent once a round by each client; `download_bytes` every tensor
+    that the sub-model holds: what a client that has nothing yet must get (None in plans of older versions).
     `train_flops_per_sample` counts a multiply and an add as two; the frozen part runs forward only.
     """
 
@@ -107,6 +107,14 @@ class TierStage(PlannedStep):
         """That of `peak_bytes`."""
         return self.measured_breakdown or self.predicted_breakdown or {}
 
+    @property
+    def frozen_bytes(self) -> int | None:
+        """The part of `download_bytes` that this tier's clients leave as it is.
+
+        What all tiers freeze need travel only at a client's first selection in the stage (`costs.unchanging_bytes`).
+        """
+        return None if self.download_bytes is None else self.download_bytes - self.upload_bytes
+
 
 class Proof(PlannedStep):
     """A configuration over budget: one notch more than stage number `stage` (from 0) does not fit.
@@ -119,7 +127,7 @@ class Proof(PlannedStep):
     kind: ProofKind
 
 
-class TierPlan(Record):
+class TierPlan(DeviceFigures):
     """One device tier's answer. `status` says what the tier could do alone: ``full`` = train the whole network.
 
     An infeasible tier has the `reason`, the smallest budget with a schedule, and the largest batch that has one at its
