@@ -44,10 +44,9 @@ def _moment(bench: Bench, config: Config) -> str:
     """Where in the step the peak is, in words."""
     profile = bench.detailed(config)
     operator = profile.peak_operator.removeprefix("aten::")
-    when = f", {profile.peak_phase}" if profile.peak_phase else ""
-    return (
-        f" (in {profile.unit_name(profile.peak_unit)}{when}, {operator})" if profile.peak_unit else f" (in {operator})"
-    )
+    unit = f"{profile.unit_name(profile.peak_unit)}, " if profile.peak_unit else ""
+    when = f"{profile.peak_phase}, " if profile.peak_phase else ""
+    return f" (in {unit}{when}{operator})"
 
 
 def largest_batch(graph: ModelGraph, spec: StepSpec, budget: int) -> int | None:

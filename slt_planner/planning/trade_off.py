@@ -1,4 +1,4 @@
-"""What freezing more and a narrower head buy: peaks over freeze_depth and head_scale, and where each tier's budget ends."""
+"""What freezing more and a narrower head buy: peaks over both, and where each tier's budget ends."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -21,12 +21,7 @@ def trade_off(bench: Bench, tiers: Sequence[Tier]) -> TradeOff:
     return TradeOff(
         freeze_depths=depths,
         head_scales=scales,
-        peak_bytes=tuple(
-            tuple(
-                bench.peak(space.deepest_frozen(depth + 1, _legal(space.scales(depth + 1), scale))) for scale in scales
-            )
-            for depth in depths
-        ),
+        peak_bytes=tuple(tuple(_peak(bench, depth, scale) for scale in scales) for depth in depths),
         frontiers=tuple(
             Frontier(
                 tier=tier.name,
@@ -35,6 +30,12 @@ def trade_off(bench: Bench, tiers: Sequence[Tier]) -> TradeOff:
             for tier in tiers
         ),
     )
+
+
+def _peak(bench: Bench, freeze_depth: int, head_scale: float) -> int:
+    space = bench.space()
+    legal = _legal(space.scales(freeze_depth + 1), head_scale)
+    return bench.peak(space.deepest_frozen(freeze_depth + 1, legal))
 
 
 def _legal(scales: Sequence[float], wanted: float) -> float:
