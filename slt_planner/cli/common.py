@@ -101,6 +101,8 @@ def validated(record: type[_RecordT], **values: Any) -> _RecordT:
         return record(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # options that contradict each other
+            raise InputError(first["msg"].removeprefix("Value error, ")) from error
         field = [str(part) for part in first["loc"] if part != "name"][-1]  # the optimizer's name is --optimizer
         raise InputError(f"--{field.replace('_', '-')} {first['input']}: {first['msg']}") from error
 

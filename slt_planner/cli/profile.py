@@ -43,6 +43,9 @@ def profile(
         typer.Option(help="Another configuration, or a saved profile FILE.json, to show beside it; repeatable."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one training step.")] = 128,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Images at once; the gradients of the batch's pieces are added up.")
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Weight decay; it moves the peak.")] = 1e-3,
@@ -79,6 +82,7 @@ def profile(
     spec = validated(
         StepSpec,
         batch_size=batch_size,
+        micro_batch=micro_batch,
         optimizer={"name": optimizer, "momentum": momentum, "weight_decay": weight_decay, "foreach": foreach},
         precision=precision,
         memory_format=memory_format,

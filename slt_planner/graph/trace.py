@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from slt_planner.config import Config
@@ -77,6 +78,12 @@ class ModelGraph:
         if not counts:
             return (1.0,)
         return tuple(sorted({k / count for count in counts for k in range(2, count + 1)} | {1 / max(counts)}))
+
+    @cached_property
+    def has_batch_norm(self) -> bool:
+        """Whether any layer takes statistics over the samples of a batch."""
+        called = {getattr(node.target, "__name__", "") for node in self.programs[True].graph.nodes}
+        return "batch_norm" in called or any(isinstance(module, _BatchNorm) for module in self.skeleton.modules())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelGraph":
         """Itself: a graph never changes, and a copied sub-model still belongs to it."""

@@ -33,6 +33,7 @@ Count = Annotated[int, Field(ge=0, le=10**24)]
 class UnitRow(Record):
     """One freeze unit's part of a training step; bytes are of the whole batch, multiply-adds and FLOPs of one sample.
 
+    `activations_bytes` are the most that is saved at once: of one micro-batch where there are several.
     In `forward_multiply_adds` a multiply and its add are one, in `training_flops` they are two; both are counted by
     torch.utils.flop_counter: convolutions and matrix products. A frozen unit trains with its forward pass alone.
     """

@@ -20,6 +20,7 @@ from slt_planner.memory.numbers import NUMBER_BYTES, SavedNumbers
 from slt_planner.memory.operators import NO_OPERATORS, Hollow, Operator, TensorSpec, operator_of
 from slt_planner.memory.profile import Category, Phase, StepCosts, UnitRow
 from slt_planner.memory.step import SteadyStep, as_trained
+from slt_planner.memory.timeline import most_at_once
 from slt_planner.submodel.extract import extract
 
 _LIFT = torch.ops.aten.lift_fresh.default
@@ -245,9 +246,9 @@ class _Watch(TorchDispatchMode):
         self.storages[:] = alive
 
     def saved_by_unit(self) -> dict[int, int]:
-        """Bytes saved for backward, by the unit that saved them first."""
-        saved: dict[int, int] = {}
+        """The most bytes saved for backward at once, by the unit that saved them first."""
+        saved: dict[int, list[tuple[int, int, int]]] = {}
         for record in self.storages:
             if record.saved_by is not None and record.category == "temporaries":
-                saved[record.saved_by] = saved.get(record.saved_by, 0) + record.size
-        return saved
+                saved.setdefault(record.saved_by, []).append((record.size, record.begin, record.end))
+        return {unit: most_at_once(lives) for unit, lives in saved.items()}

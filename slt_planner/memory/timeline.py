@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from slt_planner.memory.profile import CATEGORIES, Category, Phase, TimelinePoint
 
@@ -27,6 +28,16 @@ class Peak:
     operator: str
     unit: int
     phase: Phase | None = None
+
+
+def most_at_once(lives: Iterable[tuple[int, int, int]]) -> int:
+    """The most bytes that are there together, of (bytes, begin, end); what ends when another begins is gone by then.
+
+    >>> most_at_once([(5, 0, 2), (4, 1, 3), (6, 2, 4)])
+    10
+    """
+    changes = sorted(change for size, begin, end in lives for change in ((begin, size), (end, -size)))
+    return max(accumulate((size for _, size in changes), initial=0))
 
 
 def find_peak(resident: Mapping[Category, int], changes: Iterable[Change]) -> Peak:

@@ -17,7 +17,15 @@ from rich.text import Text
 
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile, TimelinePoint, UnitRow
 from slt_planner.reporting.figures import CATEGORY_COLOURS, INK, MUTED, PAPER, PART_COLOURS, WIDTH_IN, styled
-from slt_planner.reporting.terminal import NOTHING, count, optimizer_words, percent, plain_table, shorten
+from slt_planner.reporting.terminal import (
+    NOTHING,
+    batch_words,
+    count,
+    optimizer_words,
+    percent,
+    plain_table,
+    shorten,
+)
 
 _WIDTH = 80
 _BAR_WIDTH = 46
@@ -93,8 +101,9 @@ def profile_title(profile: MemoryProfile) -> str:
 
 def profile_ruler(profile: MemoryProfile) -> str:
     """Where the numbers come from and of which step they are, in one line."""
-    parts = ["allocator ruler", shorten(profile.device), f"batch {profile.batch_size}"]
-    if spec := profile.spec:
+    spec = profile.spec
+    parts = ["allocator ruler", shorten(profile.device), batch_words(spec) if spec else f"batch {profile.batch_size}"]
+    if spec:
         parts += [spec.precision, optimizer_words(spec.optimizer)]
         parts += ["foreach"] if spec.optimizer.foreach else []
         parts += [spec.memory_format] if spec.memory_format != "contiguous" else []
@@ -219,9 +228,15 @@ def _mark(profile: MemoryProfile, unit: int) -> str:
     return "f" if _frozen(profile, unit) else " "
 
 
+def _in_pieces(profile: MemoryProfile) -> bool:
+    """The step is of more than one micro-batch."""
+    return profile.spec is not None and len(profile.spec.pieces(profile.spec.batch_size)) > 1
+
+
 def _unit_notes(profile: MemoryProfile) -> list[str]:
+    at_once = "most at once, " if _in_pieces(profile) else ""
     notes = [
-        f"Bytes of a batch of {profile.batch_size}; saved: for backward, in the unit that saved them first.",
+        f"Bytes of a batch of {profile.batch_size}; saved: for backward, {at_once}in the unit that saved them first.",
         "madds: forward pass of a sample, a multiply and its add are one; FLOPs: its whole step, they are two. Both "
         "count convolutions and matrix products.",
     ]
@@ -423,12 +438,15 @@ def _phases(timeline: Sequence[TimelinePoint]) -> list[int]:
 
 def _draw_phases(axes: Axes, profile: MemoryProfile, times: Sequence[float], named: bool) -> None:
     begins = [times[number + 1] for number in _phases(profile.timeline)]
+    names = ["forward", "backward", "optimizer"]
+    if _in_pieces(profile):
+        begins, names = begins[1:], ["forward and backward, one micro-batch after another", "optimizer"]
     for begin in begins:
         axes.axvline(begin, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     if not named or not begins:
         return
     spans = pairwise([0.0, *begins, times[-1]])
-    for name, (begin, end) in zip(("forward", "backward", "optimizer"), spans, strict=False):
+    for name, (begin, end) in zip(names, spans, strict=False):
         wide = end - begin > 0.08 * times[-1]
         x, side = ((begin + end) / 2, "center") if wide else (end, "right")
         axes.text(x, 1.03, name, ha=side, va="bottom", color=MUTED, transform=axes.get_xaxis_transform())

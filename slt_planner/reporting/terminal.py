@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from slt_planner.config import Optimizer
+from slt_planner.config import Optimizer, StepSpec
 from slt_planner.federated.result import RunResult, RunTier
 from slt_planner.planning.plan import Plan, TierPlan, TierStage
 from slt_planner.units import format_bytes
@@ -60,22 +60,27 @@ def model_title(plan: Plan) -> str:
 
 
 def ruler(plan: Plan) -> str:
-    """How memory was measured, in one line."""
-    step = plan.step
-    parts = [
-        "allocator ruler",
-        step.device.upper(),
-        f"batch {plan.batch_size}",
-        step.precision,
-        optimizer_words(step.optimizer),
-    ]
-    if step.memory_format != "contiguous":
-        parts.append(step.memory_format)
-    if step.threads is not None:
-        parts.append(count(step.threads, "thread"))
-    if plan.model.data_dependent:
-        parts.append("made-up targets")
+    """How a plan's memory was measured, in one line."""
+    return step_ruler(plan.spec) + (", made-up targets" if plan.model.data_dependent else "")
+
+
+def step_ruler(spec: StepSpec) -> str:
+    """How a step's memory was measured, in one line."""
+    parts = ["allocator ruler", spec.device.upper(), batch_words(spec), spec.precision, optimizer_words(spec.optimizer)]
+    if spec.memory_format != "contiguous":
+        parts.append(spec.memory_format)
+    if spec.threads is not None:
+        parts.append(count(spec.threads, "thread"))
     return ", ".join(parts)
+
+
+def batch_words(spec: StepSpec) -> str:
+    """The batch of a step and its pieces.
+
+    >>> batch_words(StepSpec(batch_size=32)), batch_words(StepSpec(batch_size=32, micro_batch=8))
+    ('batch 32', 'batch 32 in micro-batches of 8')
+    """
+    return f"batch {spec.batch_size}" + (f" in micro-batches of {spec.micro_batch}" if spec.micro_batch else "")
 
 
 def optimizer_words(optimizer: Optimizer) -> str:

@@ -47,6 +47,15 @@ def test_a_step_is_measured_and_predicted_and_kept(command, tmp_path):
     assert all(len(line) <= 80 for line in lines[:-1])
 
 
+def test_micro_batches_are_named_with_the_batch(command, tmp_path):
+    done = command("slt", "profile", "convnet", *STEP, "--micro-batch", "2")
+    assert done.code == 0, done.err
+    assert load_profile(tmp_path / "profiles" / "convnet-0-0-1-b4.json").spec.micro_batch == 2
+    assert "batch 4 in micro-batches of 2, fp32" in done.out
+    refused = command("slt", "profile", "convnet", *STEP, "--micro-batch", "5", "--force")
+    assert (refused.code, refused.err) == (2, "slt: error: micro-batches of 5 in a batch of 4: use at most that\n")
+
+
 def test_nothing_is_overwritten_unless_forced_and_that_is_said_at_once(command, tmp_path):
     (tmp_path / "profile.png").write_text("mine")
     words = ("slt", "profile", "resnet20", *STEP, "--no-measure", "--out", "profile.json")
