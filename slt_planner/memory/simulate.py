@@ -16,8 +16,9 @@ from slt_planner.errors import UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.attribution import Attribution, unit_rows
 from slt_planner.memory.flops import operator_flops, step_costs
+from slt_planner.memory.hollow import Hollow, TensorSpec
 from slt_planner.memory.numbers import NUMBER_BYTES, SavedNumbers
-from slt_planner.memory.operators import NO_OPERATORS, Hollow, Operator, TensorSpec, operator_of
+from slt_planner.memory.operators import NO_OPERATORS, Operator, operator_of
 from slt_planner.memory.profile import Category, Phase, StepCosts, UnitRow
 from slt_planner.memory.step import SteadyStep, as_trained
 from slt_planner.memory.timeline import most_at_once

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import slt_planner as slt
-from slt_planner.memory import operators
+from slt_planner.memory import corrections, operators
 from slt_planner.memory.step import SteadyStep, as_trained
 
 MODELS = {"resnet20": (3, 32, 32), "vit_cifar": (3, 32, 32), "densenet40": (3, 32, 32), "scaled": (3, 8, 8)}
@@ -176,7 +176,7 @@ def test_layouts_that_torch_foresees_wrongly_are_learned_by_calibration(tmp_path
             return self.out(x.roll(1, 2).transpose(2, 3).mean((2, 3)))
 
     monkeypatch.setenv("SLT_CACHE", str(tmp_path))
-    monkeypatch.setattr(operators, "_CORRECTIONS", {})
+    monkeypatch.setattr(corrections, "_CORRECTIONS", {})
     operators.forget()
     graph = slt.trace(Mixed(), (3, 12, 12))
     config = slt.Config.full_network()

@@ -1,0 +1,78 @@
+"""What the CPU's kernels give in another number format or layout than torch's fake tensors foresee."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._prims_common import suggest_memory_format
+
+_Correction: TypeAlias = Callable[[Sequence[Any], Any], Any]
+
+
+def corrected(function: OpOverload, args: Sequence[Any], outputs: Any) -> Any:
+    """Fake outputs of a call as its kernel gives them, for fake arguments."""
+    correction = _CORRECTIONS.get(function)
+    return correction(args, outputs) if correction and args[0].device.type == "cpu" else outputs
+
+
+def _first_lies(layout: Callable[[Sequence[Any], Tensor], Tensor]) -> _Correction:
+    """The first output, or the only one, laid out anew; an output that is not asked for stays None."""
+
+    def laid_out(args: Sequence[Any], outputs: Any) -> Any:
+        if isinstance(outputs, Tensor):
+            return layout(args, outputs)
+        first, *others = outputs
+        return (first if first is None else layout(args, first), *others)
+
+    return laid_out
+
+
+def _as_sum_of(one: int, other: int) -> _Correction:
+    return _first_lies(lambda args, _: args[one] + args[other])
+
+
+def _as_image(argument: int) -> _Correction:
+    """Contiguous, or channels_last where that argument is."""
+    return _first_lies(lambda args, out: out.contiguous(memory_format=suggest_memory_format(args[argument])))
+
+
+def _first_in_format_of(argument: int) -> _Correction:
+    return _first_lies(lambda args, out: out.to(args[argument].dtype))
+
+
+def _others_in_format_of(*arguments: int) -> _Correction:
+    """Outputs but the first (statistics, gradients of weights) in the format of the first of these that is there."""
+
+    def formatted(args: Sequence[Any], outputs: Any) -> Any:
+        like = next((args[argument] for argument in arguments if args[argument] is not None), None)
+        first, *others = outputs
+        return outputs if like is None else (first, *[o if o is None else o.to(like.dtype) for o in others])
+
+    return formatted
+
+
+def _both(one: _Correction, other: _Correction) -> _Correction:
+    return lambda args, outputs: other(args, one(args, outputs))
+
+
+_contiguous_first = _first_lies(lambda _, out: out.contiguous())
+
+_CORRECTIONS: dict[OpOverload, _Correction] = {
+    torch.ops.aten.native_batch_norm.default: _both(_as_image(0), _others_in_format_of(1, 2, 3, 4)),
+    torch.ops.aten.native_group_norm.default: _others_in_format_of(1, 2),
+    torch.ops.aten.native_layer_norm.default: _others_in_format_of(2, 3),
+    torch.ops.aten.native_batch_norm_backward.default: _both(_as_image(1), _others_in_format_of(2)),
+    torch.ops.aten.native_group_norm_backward.default: _both(_first_in_format_of(1), _others_in_format_of(4)),
+    torch.ops.aten.native_layer_norm_backward.default: _both(_contiguous_first, _others_in_format_of(5)),
+    torch.ops.aten._log_softmax_backward_data.default: _contiguous_first,
+    torch.ops.aten.hardswish_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.hardsigmoid_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.hardtanh_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.softplus_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.elu_backward.default: _as_sum_of(0, 5),
+    torch.ops.aten.native_dropout_backward.default: _as_sum_of(0, 1),
+    torch.ops.aten.roll.default: _as_image(0),
+    torch.ops.aten.channel_shuffle.default: _as_image(0),
+}

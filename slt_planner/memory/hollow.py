@@ -1,0 +1,86 @@
+"""Tensors without values: all that is said of one, and tensors that look like one and own no memory."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._prims_common import compute_required_storage_length, make_contiguous_strides_for
+
+_contiguous = lru_cache(maxsize=10_000)(make_contiguous_strides_for)  # which takes a while, and shapes come again
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """All of a tensor but its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSpec":
+        """That of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a tensor like this that owns its storage."""
+        return compute_required_storage_length(self.shape, self.stride, 0) * self.dtype.itemsize
+
+    def lies_like(self, other: "TensorSpec") -> bool:
+        """The same entries at the same places; strides of dimensions of one entry say nothing."""
+
+        def places(spec: TensorSpec) -> list[int]:
+            return [stride for size, stride in zip(spec.shape, spec.stride, strict=True) if size > 1]
+
+        return self.shape == other.shape and self.dtype == other.dtype and places(self) == places(other)
+
+    def zeros(self) -> Tensor:
+        """A real tensor like this."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).zero_()
+
+    def __str__(self) -> str:
+        """Such as ``float32[2, 3]`` when contiguous, else with strides; the device where it is not the CPU.
+
+        >>> print(TensorSpec.of(torch.zeros(2, 3)), TensorSpec.of(torch.zeros(2, 3).T))
+        float32[2, 3] float32[3, 2]/[1, 3]
+        """
+        text = f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        if self.stride != _contiguous(self.shape):
+            text += f"/{list(self.stride)}"
+        return text if self.device.type == "cpu" else f"{text}@{self.device.type}"
+
+
+class Hollow(Tensor):
+    """A tensor without values; it looks like one of its device, and owns a storage of no memory.
+
+    Operators on it are answered by a dispatch mode: outside of one there are none.
+
+    >>> hollow = Hollow.of(TensorSpec.of(torch.zeros(2, 3)))
+    >>> hollow.shape, hollow.device, hollow.untyped_storage().nbytes()
+    (torch.Size([2, 3]), device(type='cpu'), 24)
+    """
+
+    __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, *call: Any, **_: Any) -> Any:
+        """Refuse: there is nothing to compute with."""
+        raise RuntimeError(f"{call[0]}: a tensor without values is not for computing")
+
+    @staticmethod
+    def of(spec: TensorSpec, storage_bytes: int | None = None) -> "Hollow":
+        """A new one; its storage is as large as it must be, or as said."""
+        return torch.Tensor._make_wrapper_subclass(
+            Hollow, spec.shape, strides=spec.stride, dtype=spec.dtype, device=spec.device, storage_size=storage_bytes
+        )
+
+    @staticmethod
+    def alias(tensor: Tensor, spec: TensorSpec, offset: int) -> "Hollow":
+        """Another tensor in the storage of one."""
+        with torch._C._DisableTorchDispatch():
+            plain = torch.as_strided(tensor, spec.shape, spec.stride, offset)
+            return torch.Tensor._make_subclass(Hollow, plain)
