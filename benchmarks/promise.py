@@ -124,7 +124,7 @@ def refused(graph: slt.ModelGraph, spec: slt.StepSpec, smallest: int) -> dict:
 
 def names_first_floor_over(graph: slt.ModelGraph, spec: slt.StepSpec, says: str, budget: int) -> bool:
     """Whether the stage that a refusal names is the first that no head fits: neither the narrowest nor the whole."""
-    number = re.search(r"the stage with (\d+) full", says)
+    number = re.search(r"stage (\d+) needs", says)
     if number is None and "the warm-up" not in says:
         return False
     named = int(number[1]) if number else 0

@@ -13,6 +13,7 @@ from slt_planner.config import StepSpec, Tier, equal_tiers
 from slt_planner.errors import InputError
 from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan, Policy, RoundsPolicy
+from slt_planner.planning.tiers import load_tiers
 from slt_planner.reporting.html import report_paths
 from slt_planner.reporting.report import report as write_report
 from slt_planner.reporting.terminal import count, plan_table, shorten
@@ -26,7 +27,14 @@ def plan(
             "timm:NAME; or your own: package.module:factory or ./file.py:Class."
         ),
     ],
-    budgets: Annotated[str, typer.Option(help="Memory budgets, one a device tier: 64,128,256MB (or MiB, GB).")],
+    budgets: Annotated[
+        str | None, typer.Option(help="Memory budgets, one a device tier: 64,128,256MB (or MiB, GB).")
+    ] = None,
+    tiers: Annotated[
+        Path | None,
+        typer.Option(help="Instead of budgets, a TOML file of device tiers, such as profiles/devices.toml."),
+    ] = None,
+    select: Annotated[str | None, typer.Option(help="Which tiers of the file, by name: phone-a,gateway.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one training step.")] = 128,
     optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9), adam or adamw.")] = "sgd",
     weight_decay: Annotated[float, typer.Option(help="Weight decay; it moves the peak.")] = 1e-3,
@@ -51,6 +59,9 @@ def plan(
             " /--no-verify", help="Rest on predictions: quick, and for networks that this machine cannot train."
         ),
     ] = True,
+    trade_off: Annotated[
+        bool, typer.Option(" /--no-trade-off", help="Leave out the map of what freezing and narrowing buy.")
+    ] = True,
     input_shape: Annotated[str | None, typer.Option(help="Of one sample, such as 3,64,64.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, max=10**6, help="Outputs of the network.")] = None,
     out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
@@ -70,7 +81,7 @@ def plan(
         refuse_existing(targets)
     check_writable(targets)
     console, progress_console = consoles(json_output)
-    tiers = equal_tiers(budgets)
+    own_tiers = _tiers(budgets, tiers, select)
     spec = validated(
         StepSpec,
         batch_size=batch_size,
@@ -88,8 +99,9 @@ def plan(
         verify=verify,
         policy=chosen(policy, "--policy", get_args(Policy)),
         rounds_policy=chosen(rounds_policy, "--rounds-policy", get_args(RoundsPolicy)),
+        map_trade_off=trade_off,
     )
-    solved = _solve(model, tiers, spec, how, shape, num_classes, progress_console)
+    solved = _solve(model, own_tiers, spec, how, shape, num_classes, progress_console)
     solved.save(out, force=force)
     write_report(solved, report, force=force, command=command_line())
     if json_output:
@@ -98,12 +110,21 @@ def plan(
     console.print(f"Written: {', '.join(map(str, targets))}", soft_wrap=True, markup=False, highlight=False)
 
 
+def _tiers(budgets: str | None, file: Path | None, select: str | None) -> tuple[Tier, ...]:
+    if budgets is not None and file is None and select is None:
+        return equal_tiers(budgets)
+    if budgets is None and file is not None:
+        return load_tiers(file, select)
+    raise InputError("give either --budgets, such as 64,128,256MB, or --tiers FILE, with --select NAMES if you like")
+
+
 class _How(TypedDict):
     """How a plan is to be made."""
 
     verify: bool
     policy: Policy
     rounds_policy: RoundsPolicy
+    map_trade_off: bool
 
 
 def _solve(

@@ -23,7 +23,7 @@ def explain(bench: Bench, budget: int, outcome: NoSchedule, measuring: bool) -> 
     enough = _smallest_budget(bench, measuring)
     floor = bench.profile(outcome.floor)
     batch = largest_batch(bench.graph, bench.spec, budget) if bench.predicts else None
-    stage = f"the stage at unit {outcome.full_depth}" if outcome.full_depth else "the warm-up"
+    stage = f"stage {outcome.full_depth}" if outcome.full_depth else "the warm-up"
     text = (
         f"{stage} needs {format_bytes(floor.peak_bytes, round_up=True)} even with its narrowest head, "
         f"{format_bytes(floor.peak_bytes - budget, round_up=True)} more than there is{_moment(bench, outcome.floor)}; "

@@ -20,9 +20,9 @@ def smallest():
 def test_only_the_first_stage_that_no_head_fits_is_the_reason(smallest):
     answer = promise.refused(GRAPH, SPEC, smallest)
     assert answer["holds"]
-    right = "the stage with 3 full"
+    right = "stage 3 needs"
     assert right in answer["says"]
-    for wrong in ("the stage with 2 full", "the warm-up", "too little"):
+    for wrong in ("stage 2 needs", "the warm-up needs", "too little"):
         says = answer["says"].replace(right, wrong)
         assert not promise.names_first_floor_over(GRAPH, SPEC, says, smallest - 1)
 
