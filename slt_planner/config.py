@@ -1,6 +1,6 @@
 """The frozen records that everything else speaks in: Config, StepSpec, Tier. No torch here."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -9,6 +9,7 @@ from slt_planner.units import LARGEST_BYTES, parse_budgets
 
 Norms = Literal["static", "running"]
 Metric = Literal["accuracy", "mean_iou"]
+Granularity = Literal["layer", "block"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 MAX_BATCH = 2**16
 
@@ -96,6 +97,21 @@ class StepSpec(StepSettings):
     def settings(self) -> StepSettings:
         """The step without its batch size."""
         return StepSettings(**self.model_dump(exclude={"batch_size"}))
+
+
+def parse_granularity(text: str) -> Granularity:
+    """Of freeze units: `layer` or `block`.
+
+    >>> parse_granularity("block")
+    'block'
+
+    Raises:
+        InputError: something else.
+    """
+    for known in get_args(Granularity):
+        if text == known:
+            return known
+    raise InputError(f"granularity {text!r}: give layer or block")
 
 
 class Tier(Record):
