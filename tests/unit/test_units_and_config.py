@@ -95,6 +95,7 @@ def test_what_is_rounded_up_is_enough(number):
         "units",
         "config",
         "planning.rounds",
+        "graph.blocks",
         "graph.widths",
         "graph.trace",
         "submodel.extract",
