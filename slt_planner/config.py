@@ -9,6 +9,7 @@ from slt_planner.units import LARGEST_BYTES, parse_budgets
 
 Norms = Literal["static", "running"]
 Metric = Literal["accuracy", "mean_iou"]
+Granularity = Literal["layer", "block"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 MAX_BATCH = 2**16
 

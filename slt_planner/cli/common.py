@@ -9,7 +9,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from slt_planner.config import Record
+from slt_planner.config import Granularity, Record
 from slt_planner.errors import InputError, SltError
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def _say(name: str, message: str, code: int) -> int:
     return code
 
 
-def traced_network(model: str, input_shape: tuple[int, ...] | None, num_classes: int | None) -> "ModelGraph":
+def traced_network(
+    model: str, input_shape: tuple[int, ...] | None, num_classes: int | None, granularity: Granularity = "layer"
+) -> "ModelGraph":
     """A network's structure by its name; without a shape, at its own.
 
     Raises:
@@ -64,7 +66,8 @@ def traced_network(model: str, input_shape: tuple[int, ...] | None, num_classes:
         if is_reference(model):
             raise InputError(f"{model}: --input-shape is needed, that of one sample, such as 3,64,64")
         input_shape = find_model(model).input_shape
-    return trace(load_model(model, num_classes, input_shape, weights=False), input_shape)
+    network = load_model(model, num_classes, input_shape, weights=False)
+    return trace(network, input_shape, granularity=granularity)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

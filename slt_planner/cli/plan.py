@@ -2,14 +2,14 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, TypedDict, get_args
+from typing import TYPE_CHECKING, Annotated, TypedDict, get_args
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from slt_planner.cli.common import chosen, command_line, consoles, numbers, traced_network, validated
-from slt_planner.config import StepSpec, Tier, equal_tiers
+from slt_planner.config import Granularity, StepSpec, Tier, equal_tiers
 from slt_planner.errors import InputError
 from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan, Policy, RoundsPolicy
@@ -17,6 +17,9 @@ from slt_planner.planning.tiers import load_tiers
 from slt_planner.reporting.html import report_paths
 from slt_planner.reporting.report import report as write_report
 from slt_planner.reporting.terminal import count, plan_table, shorten
+
+if TYPE_CHECKING:
+    from slt_planner.graph.trace import ModelGraph
 
 
 def plan(
@@ -62,6 +65,9 @@ def plan(
     trade_off: Annotated[
         bool, typer.Option(" /--no-trade-off", help="Leave out the map of what freezing and narrowing buy.")
     ] = True,
+    granularity: Annotated[
+        str, typer.Option(help="What a stage moves on by: a layer, or a block (up to where one tensor leads on).")
+    ] = "layer",
     input_shape: Annotated[str | None, typer.Option(help="Of one sample, such as 3,64,64.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, max=10**6, help="Outputs of the network.")] = None,
     out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
@@ -101,7 +107,8 @@ def plan(
         rounds_policy=chosen(rounds_policy, "--rounds-policy", get_args(RoundsPolicy)),
         map_trade_off=trade_off,
     )
-    solved = _solve(model, own_tiers, spec, how, shape, num_classes, progress_console)
+    graph = traced_network(model, shape, num_classes, chosen(granularity, "--granularity", get_args(Granularity)))
+    solved = _solve(model, graph, own_tiers, spec, how, progress_console)
     solved.save(out, force=force)
     write_report(solved, report, force=force, command=command_line())
     if json_output:
@@ -128,17 +135,10 @@ class _How(TypedDict):
 
 
 def _solve(
-    model: str,
-    tiers: tuple[Tier, ...],
-    spec: StepSpec,
-    how: _How,
-    input_shape: tuple[int, ...] | None,
-    num_classes: int | None,
-    console: Console,
+    model: str, graph: "ModelGraph", tiers: tuple[Tier, ...], spec: StepSpec, how: _How, console: Console
 ) -> Plan:
     from slt_planner.planning.solve import solve
 
-    graph = traced_network(model, input_shape, num_classes)
     began, done = time.perf_counter(), {"searching": 0, "measuring": 0}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slt_planner.config import MAX_BATCH, Config, DeviceFigures, Record, StepSettings, StepSpec
+from slt_planner.config import MAX_BATCH, Config, DeviceFigures, Granularity, Record, StepSettings, StepSpec
 from slt_planner.files import read_record, write_text
 from slt_planner.memory.profile import Category, MemoryProfile
 from slt_planner.units import LARGEST_BYTES
@@ -20,11 +20,12 @@ class PlannedModel(Record):
     """Which network the plan is for; `name` is what was given on the command line, None for a module in memory.
 
     `data_dependent` networks (detectors) have parts whose shapes depend on data: their peaks were measured on made-up
-    targets of one size, drawn with a fixed seed.
+    targets of one size, drawn with a fixed seed. `granularity` says what the units are: layers, or blocks of them.
     """
 
     name: str | None
     graph_hash: str
+    granularity: Granularity = "layer"
     data_dependent: bool = False
     unit_names: tuple[str, ...]
 

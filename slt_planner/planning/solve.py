@@ -101,6 +101,7 @@ def solve(
             model=PlannedModel(
                 name=model_name,
                 graph_hash=graph.hash,
+                granularity=graph.granularity,
                 data_dependent=bool(graph.adapter.part),
                 unit_names=tuple(u.name for u in graph.units),
             ),

@@ -82,6 +82,21 @@ def test_a_prediction_needs_no_step(command, tmp_path, monkeypatch):
     assert (saved["source"], saved["model"], saved["exact"]) == ("PREDICTED", "resnet20", True)
 
 
+def test_units_can_be_whole_blocks(command, tmp_path):
+    words = ("slt", "profile", "resnet20", *STEP, "--config", "3,4,0.5", "--granularity")
+    done = command(*words, "block", "--process")
+    assert done.code == 0, done.err
+    profile = load_profile(tmp_path / "profiles" / "resnet20-block-3-4-0.5-b4.json")
+    residuals = [f"group{group}.{i}" for group in (1, 2, 3) for i in range(3)]
+    assert [unit.name for unit in profile.units] == ["conv", *residuals, "classifier"]
+    assert [unit.gradients_bytes > 0 for unit in profile.units] == [False] * 3 + [True] * 8
+    assert profile.process.peak_bytes > profile.process.before_bytes
+    beyond = command(*words[:5], "--config", "10,11,0.5", "--granularity", "block")
+    assert "beyond the network's 10 units" in beyond.err
+    refused = command(*words, "stage")
+    assert (refused.code, refused.err) == (2, "slt: error: --granularity 'stage': known are layer, block\n")
+
+
 def test_a_saved_prediction_can_be_read_back(command, tmp_path):
     done = command("slt", "profile", "convnet", *STEP, "--no-measure", "--out", "p.json")
     assert done.code == 0, done.err

@@ -98,6 +98,7 @@ def test_what_is_rounded_up_is_enough(number):
         "planning.rounds",
         "planning.tiers",
         "planning.costs",
+        "graph.blocks",
         "graph.widths",
         "graph.trace",
         "submodel.extract",
