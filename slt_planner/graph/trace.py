@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from slt_planner.config import Config, Granularity, parse_granularity
+from slt_planner.config import Config, Granularity
 from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.graph.cuts import annotate, cut_program
@@ -174,7 +174,8 @@ def trace(
     >>> trace(load_model("resnet20"), (3, 32, 32), granularity="block").depth
     10
     """
-    granularity = parse_granularity(granularity)
+    if granularity not in get_args(Granularity):
+        raise InputError(f"granularity {granularity!r}: known are {', '.join(get_args(Granularity))}")
     adapter = adapter or getattr(model, "slt_adapter", None) or Adapter()
     skeleton = _on_meta(model)
     modules = dict(skeleton.named_modules())
