@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from slt_planner.config import Config, StepSpec
 from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
+from slt_planner.memory import cuda
 from slt_planner.memory.flops import step_costs, training_flops
 from slt_planner.memory.forecast import Forecaster
 from slt_planner.memory.measure import measure
@@ -27,10 +28,11 @@ class Bench:
     A network whose step depends on values cannot be foreseen: then every peak is measured.
 
     Raises:
-        InputError: without measuring, for a network that cannot be foreseen.
+        InputError: no such device, or, without measuring, a network that cannot be foreseen.
     """
 
     def __init__(self, graph: ModelGraph, spec: StepSpec, measuring: bool = True, progress: Progress = silent) -> None:
+        cuda.check(spec.device)
         self.graph, self.spec = graph, spec
         self._measuring, self._progress = measuring, progress
         self._forecaster = self._made_forecaster()

@@ -124,7 +124,7 @@ def test_a_blocks_output_is_what_leaves_it():
 
 
 def test_another_granularity_is_refused():
-    with pytest.raises(InputError, match="granularity 'stage': give layer or block"):
+    with pytest.raises(InputError, match="granularity 'stage': known are layer, block"):
         trace(load_model("convnet"), (3, 32, 32), granularity="stage")
 
 
