@@ -65,7 +65,9 @@ def largest_batch(graph: ModelGraph, spec: StepSpec, budget: int) -> int | None:
 
     def has_schedule(batch: int) -> bool:
         with bench(batch) as own:
-            return own.peak(smallest_budget(own.space())) <= budget
+            space = own.space()
+            begins = any(space.fits(config, budget) for config in (space.narrowest(0), own.whole))
+            return begins and own.peak(smallest_budget(space)) <= budget
 
     if not batches or not has_schedule(2):
         return None
