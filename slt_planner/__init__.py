@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from slt_planner.models.registry import load_model
     from slt_planner.planning.plan import Plan, load_plan
     from slt_planner.planning.solve import solve
+    from slt_planner.planning.tiers import load_tiers
     from slt_planner.planning.verification import Verification
     from slt_planner.planning.verify import verify
     from slt_planner.reporting.report import report
@@ -60,6 +61,7 @@ _HOME = {
     "load_profile": "memory.profile",
     "load_plan": "planning.plan",
     "load_run": "federated.run_folder",
+    "load_tiers": "planning.tiers",
     "measure": "memory.measure",
     "measure_process": "memory.process",
     "memory_limit": "memory.limit",
@@ -96,6 +98,7 @@ __all__ = [
     "load_plan",
     "load_profile",
     "load_run",
+    "load_tiers",
     "measure",
     "measure_process",
     "memory_limit",

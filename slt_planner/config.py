@@ -9,6 +9,7 @@ from slt_planner.units import LARGEST_BYTES, parse_budgets
 
 Norms = Literal["static", "running"]
 Metric = Literal["accuracy", "mean_iou"]
+Granularity = Literal["layer", "block"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 MAX_BATCH = 2**16
 
@@ -64,12 +65,15 @@ class StepSettings(Record):
     """Everything but the batch size that moves the peak of a training step.
 
     `precision` is of weights, gradients and batch alike (fp32, bf16), or fp32 with a bf16 forward pass (autocast).
+    `micro_batch` is how many samples at most run forward and backward at once, their gradients added up before the
+    optimizer steps; None is the whole batch.
     """
 
     optimizer: Optimizer = Optimizer()
     loss: Literal["cross_entropy"] = "cross_entropy"
     precision: Literal["fp32", "bf16", "autocast"] = "fp32"
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    micro_batch: int | None = Field(default=None, ge=1, le=MAX_BATCH)
     set_to_none: bool = True
     norms: Norms = "static"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -79,6 +83,25 @@ class StepSettings(Record):
     @classmethod
     def _optimizer_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    def pieces(self, batch_size: int) -> tuple[int, ...]:
+        """The sizes of the micro-batches of a batch: as few as can be, and as equal as can be.
+
+        >>> StepSettings(micro_batch=8).pieces(20)
+        (7, 7, 6)
+        """
+        count = 1 if self.micro_batch is None else -(-batch_size // self.micro_batch)
+        return tuple(len(range(number, batch_size, count)) for number in range(count))
+
+    def with_batch(self, batch_size: int) -> "StepSpec":
+        """These settings for a batch; micro-batches that are not smaller than it are the batch at once.
+
+        >>> StepSettings(micro_batch=8).with_batch(4).micro_batch is None
+        True
+        """
+        at_once = self.micro_batch is None or self.micro_batch >= batch_size
+        micro_batch = None if at_once else self.micro_batch
+        return StepSpec(batch_size=batch_size, micro_batch=micro_batch, **self.model_dump(exclude={"micro_batch"}))
 
 
 class StepSpec(StepSettings):
@@ -92,13 +115,33 @@ class StepSpec(StepSettings):
 
     batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
 
+    @model_validator(mode="after")
+    def _micro_batches_are_of_the_batch(self) -> "StepSpec":
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            raise ValueError(f"micro-batches of {self.micro_batch} in a batch of {self.batch_size}: use at most that")
+        return self
+
     @property
     def settings(self) -> StepSettings:
         """The step without its batch size."""
         return StepSettings(**self.model_dump(exclude={"batch_size"}))
 
 
-class Tier(Record):
+class DeviceFigures(Record):
+    """What estimates of time and energy want to know of a device; each may be unknown (None).
+
+    `flops_per_s` is what fp32 training sustains, a multiply and an add counted as two. `power_w` is the whole device's
+    draw while it trains, `link_power_w` while it sends or receives.
+    """
+
+    flops_per_s: float | None = Field(default=None, gt=0)
+    upload_bytes_per_s: float | None = Field(default=None, gt=0)
+    download_bytes_per_s: float | None = Field(default=None, gt=0)
+    power_w: float | None = Field(default=None, gt=0)
+    link_power_w: float | None = Field(default=None, gt=0)
+
+
+class Tier(DeviceFigures):
     """A class of devices that share a memory budget; `share` is its fraction of all clients."""
 
     name: str

@@ -1,5 +1,6 @@
 """What a measurement was made on; written into every result."""
 
+import hashlib
 import platform
 from functools import cache
 from importlib.metadata import version
@@ -18,6 +19,18 @@ def environment(threads: int) -> dict[str, str]:
         "processor": processor(),
         "threads": str(threads),
     }
+
+
+@cache
+def source_digest() -> str:
+    """Tells one state of this package's code from another."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return digest("\0".join(source.read_text(encoding="utf-8") for source in sources))
+
+
+def digest(text: str) -> str:
+    """A short name of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache

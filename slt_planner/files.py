@@ -78,17 +78,26 @@ def append_text(path: Path, content: str) -> None:
         file.write(content)
 
 
+def read_text(path: str | Path, what: str, advice: str) -> str:
+    """A file's text, from UTF-8; `what` it is called and advice for who has none go into errors.
+
+    Raises:
+        InputError: it is missing, or not text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"{what} {path}: cannot be read ({reason}); {advice}") from error
+
+
 def read_record(path: str | Path, record: type[_RecordT], what: str, made_with: str) -> _RecordT:
     """Read and check a record from a JSON file; `what` it is called and the command that makes one go into errors.
 
     Raises:
         InputError: missing, not JSON, or not a valid record; the message names the first offending field.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"{what} {path}: cannot be read ({reason}); make one with {made_with}") from error
+    text = read_text(path, what, f"make one with {made_with}")
     try:
         return record.model_validate(json.loads(text))
     except json.JSONDecodeError as error:

@@ -15,7 +15,7 @@ _BYTES_PER_UNIT = {
     "GiB": 2**30,
 }
 _BY_LOWER_CASE = {unit.lower(): unit for unit in _BYTES_PER_UNIT}
-_AMOUNT = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_AMOUNT = re.compile(r"\s*([+-]?\d{1,40}(?:\.\d{1,40})?)\s*([A-Za-z]*)\s*")
 LARGEST_BYTES = 2**50  # a pebibyte: more is a slip of the keyboard
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 
-def plain_peak(make: Callable[[], nn.Module], batch: int, steps: int = 3) -> int:
+def plain_peak(make: Callable[[], nn.Module], batch: int, steps: int = 3, micro_batch: int | None = None) -> int:
     """Highest sum of live bytes in the last step; everything is made inside the recording, so nothing is assumed."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model: nn.Module = make()
@@ -21,9 +21,9 @@ def plain_peak(make: Callable[[], nn.Module], batch: int, steps: int = 3) -> int
             with record_function(f"plain step {step}"):
                 images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
                 optimizer.zero_grad()
-                F.cross_entropy(model(images), labels).backward()
+                loss = backward(model, images, labels, micro_batch)
                 optimizer.step()
-                del images, labels
+                del images, labels, loss
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -38,3 +38,24 @@ def plain_peak(make: Callable[[], nn.Module], batch: int, steps: int = 3) -> int
         if begin <= event["ts"] <= end:
             peak = max(peak, live)
     return peak
+
+
+def backward(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, micro_batch: int | None, autocast: bool = False
+) -> torch.Tensor:
+    """Gradients of the mean loss, which is given; in pieces, the mean so far is kept too."""
+    if micro_batch is None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss
+    mean = torch.zeros(())
+    count = -(-len(images) // micro_batch)
+    for own, wanted in zip(images.tensor_split(count), labels.tensor_split(count), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(model(own), wanted)
+        loss = loss * (len(own) / len(images))
+        loss.backward()
+        mean += loss.detach()
+        del loss
+    return mean

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.plain_measure import backward
 
 
 def plain_tensor_peak(
@@ -28,6 +29,7 @@ def plain_tensor_peak(
     foreach: bool = False,
     momentum: float = 0.9,
     weight_decay: float = 1e-3,
+    micro_batch: int | None = None,
 ) -> int:
     """The most bytes of live storages after any operator of the second step."""
     number = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -49,10 +51,9 @@ def plain_tensor_peak(
         taken = images.to(number).contiguous(memory_format=layout) if len(shape) == 3 else images.to(number)
         del images
         updates.zero_grad(set_to_none=set_to_none)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            loss = F.cross_entropy(module(taken), labels)
-        loss.backward()
+        loss = backward(module, taken, labels, micro_batch, autocast=precision == "autocast")
         updates.step()
+        del loss
 
     step()
     states = [value for state in updates.state.values() for value in state.values()]

@@ -9,7 +9,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from slt_planner.config import Record
+from slt_planner.config import Granularity, Record
 from slt_planner.errors import InputError, SltError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
 _RecordT = TypeVar("_RecordT", bound=Record)
+_ChoiceT = TypeVar("_ChoiceT", bound=str)
 
 
 def consoles(json_output: bool) -> tuple[Console, Console]:
@@ -49,7 +50,9 @@ def _say(name: str, message: str, code: int) -> int:
     return code
 
 
-def traced_network(model: str, input_shape: tuple[int, ...] | None, num_classes: int | None) -> "ModelGraph":
+def traced_network(
+    model: str, input_shape: tuple[int, ...] | None, num_classes: int | None, granularity: Granularity = "layer"
+) -> "ModelGraph":
     """A network's structure by its name; without a shape, at its own.
 
     Raises:
@@ -63,7 +66,8 @@ def traced_network(model: str, input_shape: tuple[int, ...] | None, num_classes:
         if is_reference(model):
             raise InputError(f"{model}: --input-shape is needed, that of one sample, such as 3,64,64")
         input_shape = find_model(model).input_shape
-    return trace(load_model(model, num_classes, input_shape, weights=False), input_shape)
+    network = load_model(model, num_classes, input_shape, weights=False)
+    return trace(network, input_shape, granularity=granularity)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -78,6 +82,18 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def chosen(value: str, option: str, known: tuple[_ChoiceT, ...]) -> _ChoiceT:
+    """One of the known values of an option.
+
+    Raises:
+        InputError: something else.
+    """
+    for one in known:
+        if one == value:
+            return one
+    raise InputError(f"{option} {value!r}: known are {', '.join(known)}")
+
+
 def validated(record: type[_RecordT], **values: Any) -> _RecordT:
     """A record made of options.
 
@@ -88,6 +104,8 @@ def validated(record: type[_RecordT], **values: Any) -> _RecordT:
         return record(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # options that contradict each other
+            raise InputError(first["msg"].removeprefix("Value error, ")) from error
         field = [str(part) for part in first["loc"] if part != "name"][-1]  # the optimizer's name is --optimizer
         raise InputError(f"--{field.replace('_', '-')} {first['input']}: {first['msg']}") from error
 

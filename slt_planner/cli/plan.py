@@ -2,20 +2,24 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from slt_planner.cli.common import command_line, consoles, numbers, traced_network, validated
-from slt_planner.config import Config, StepSpec, Tier, equal_tiers
+from slt_planner.cli.common import chosen, command_line, consoles, numbers, traced_network, validated
+from slt_planner.config import Granularity, StepSpec, Tier, equal_tiers
 from slt_planner.errors import InputError
 from slt_planner.files import check_writable, refuse_existing
-from slt_planner.planning.plan import Plan
+from slt_planner.planning.plan import Plan, Policy, RoundsPolicy
+from slt_planner.planning.tiers import load_tiers
 from slt_planner.reporting.html import report_paths
 from slt_planner.reporting.report import report as write_report
-from slt_planner.reporting.terminal import plan_table
+from slt_planner.reporting.terminal import count, plan_table, shorten
+
+if TYPE_CHECKING:
+    from slt_planner.graph.trace import ModelGraph
 
 
 def plan(
@@ -26,7 +30,14 @@ def plan(
             "timm:NAME; or your own: package.module:factory or ./file.py:Class."
         ),
     ],
-    budgets: Annotated[str, typer.Option(help="Memory budgets, one a device tier: 64,128,256MB (or MiB, GB).")],
+    budgets: Annotated[
+        str | None, typer.Option(help="Memory budgets, one a device tier: 64,128,256MB (or MiB, GB).")
+    ] = None,
+    tiers: Annotated[
+        Path | None,
+        typer.Option(help="Instead of budgets, a TOML file of device tiers, such as profiles/devices.toml."),
+    ] = None,
+    select: Annotated[str | None, typer.Option(help="Which tiers of the file, by name: phone-a,gateway.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one training step.")] = 128,
     optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9), adam or adamw.")] = "sgd",
     weight_decay: Annotated[float, typer.Option(help="Weight decay; it moves the peak.")] = 1e-3,
@@ -40,8 +51,23 @@ def plan(
     device: Annotated[str, typer.Option(help="Where steps are measured: cpu or cuda.")] = "cpu",
     policy: Annotated[
         str,
-        typer.Option(help="coupled: all tiers share depth and head scale of a stage."),
+        typer.Option(help="coupled: all tiers share a stage's head scale; per-tier: each has the widest that fits it."),
     ] = "coupled",
+    rounds_policy: Annotated[
+        str, typer.Option(help="A stage's rounds: in proportion to its trainable parameters, or equal.")
+    ] = "parameters",
+    verify: Annotated[
+        bool,
+        typer.Option(
+            " /--no-verify", help="Rest on predictions: quick, and for networks that this machine cannot train."
+        ),
+    ] = True,
+    trade_off: Annotated[
+        bool, typer.Option(" /--no-trade-off", help="Leave out the map of what freezing and narrowing buy.")
+    ] = True,
+    granularity: Annotated[
+        str, typer.Option(help="What a stage moves on by: a layer, or a block (up to where one tensor leads on).")
+    ] = "layer",
     input_shape: Annotated[str | None, typer.Option(help="Of one sample, such as 3,64,64.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, max=10**6, help="Outputs of the network.")] = None,
     out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
@@ -49,7 +75,7 @@ def plan(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
 ) -> None:
-    """Find the largest schedule that fits each budget, by measuring real training steps.
+    """Find the largest schedule that fits each budget; real training steps, measured, are the proof.
 
     Prints a table and writes plan.json and a report (HTML and PNG).
     """
@@ -61,7 +87,7 @@ def plan(
         refuse_existing(targets)
     check_writable(targets)
     console, progress_console = consoles(json_output)
-    tiers = equal_tiers(budgets)
+    own_tiers = _tiers(budgets, tiers, select)
     spec = validated(
         StepSpec,
         batch_size=batch_size,
@@ -74,10 +100,15 @@ def plan(
     )
     if batch_size < 2:
         raise InputError(f"--batch-size {batch_size}: a plan is for batches of 2 or more")
-    if policy != "coupled":
-        raise InputError(f"unknown policy {policy!r}; known is coupled")
     shape = None if input_shape is None else numbers(input_shape, "--input-shape")
-    solved = _solve(model, tiers, spec, shape, num_classes, progress_console)
+    how = _How(
+        verify=verify,
+        policy=chosen(policy, "--policy", get_args(Policy)),
+        rounds_policy=chosen(rounds_policy, "--rounds-policy", get_args(RoundsPolicy)),
+        map_trade_off=trade_off,
+    )
+    graph = traced_network(model, shape, num_classes, chosen(granularity, "--granularity", get_args(Granularity)))
+    solved = _solve(model, graph, own_tiers, spec, how, progress_console)
     solved.save(out, force=force)
     write_report(solved, report, force=force, command=command_line())
     if json_output:
@@ -86,27 +117,43 @@ def plan(
     console.print(f"Written: {', '.join(map(str, targets))}", soft_wrap=True, markup=False, highlight=False)
 
 
+def _tiers(budgets: str | None, file: Path | None, select: str | None) -> tuple[Tier, ...]:
+    if budgets is not None and file is None and select is None:
+        return equal_tiers(budgets)
+    if budgets is None and file is not None:
+        return load_tiers(file, select)
+    raise InputError("give either --budgets, such as 64,128,256MB, or --tiers FILE, with --select NAMES if you like")
+
+
+class _How(TypedDict):
+    """How a plan is to be made."""
+
+    verify: bool
+    policy: Policy
+    rounds_policy: RoundsPolicy
+    map_trade_off: bool
+
+
 def _solve(
-    model: str,
-    tiers: tuple[Tier, ...],
-    spec: StepSpec,
-    input_shape: tuple[int, ...] | None,
-    num_classes: int | None,
-    console: Console,
+    model: str, graph: "ModelGraph", tiers: tuple[Tier, ...], spec: StepSpec, how: _How, console: Console
 ) -> Plan:
     from slt_planner.planning.solve import solve
 
-    graph = traced_network(model, input_shape, num_classes)
-    began, count = time.perf_counter(), 0
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    began, done = time.perf_counter(), {"searching": 0, "measuring": 0}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{model}: measuring training steps", total=None)
+        tasks = {
+            "searching": bar.add_task(f"{shorten(model)}: configurations foreseen", total=None),
+            "measuring": bar.add_task(f"{shorten(model)}: training steps measured", total=None, visible=False),
+        }
 
-        def measured(number: int, config: Config) -> None:
-            nonlocal count
-            count = number
-            bar.update(task, description=f"{model}: measured {number} training steps, the last {config}")
+        def tell(what: str, number: int, of: int | None) -> None:
+            done[what] = max(done[what], number)
+            bar.update(tasks[what], completed=number, total=of, visible=True)
 
-        solved = solve(graph, tiers, spec, model, measured)
-    console.print(f"{model}: measured {count} training steps in {time.perf_counter() - began:.0f} s", markup=False)
+        solved = solve(graph, tiers, spec, model, tell, **how)
+    seconds = time.perf_counter() - began
+    measured = f", measured {count(done['measuring'], 'training step')}" if how["verify"] else ""
+    looked = count(done["searching"], "configuration")
+    console.print(f"{model}: foresaw {looked}{measured} in {seconds:.{1 if seconds < 10 else 0}f} s", markup=False)
     return solved

@@ -4,15 +4,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from slt_planner.cli.common import consoles, numbers, traced_network, validated
-from slt_planner.config import Config, StepSpec
+from slt_planner.cli.common import chosen, consoles, numbers, traced_network, validated
+from slt_planner.config import Config, Granularity, StepSpec
 from slt_planner.errors import InputError, UnsupportedLayerError, first_invalid
 from slt_planner.files import check_writable, refuse_existing, write_bytes
 from slt_planner.memory.profile import MemoryProfile, load_profile
@@ -44,6 +44,9 @@ def profile(
         typer.Option(help="Another configuration, or a saved profile FILE.json, to show beside it; repeatable."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one training step.")] = 128,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Images at once; the gradients of the batch's pieces are added up.")
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Weight decay; it moves the peak.")] = 1e-3,
@@ -55,6 +58,9 @@ def profile(
     device: Annotated[str, typer.Option(help="Where the step is run: cpu or cuda.")] = "cpu",
     input_shape: Annotated[str | None, typer.Option(help="Of one sample, such as 3,64,64.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, max=10**6, help="Outputs of the network.")] = None,
+    granularity: Annotated[
+        str, typer.Option(help="Of units: layer, or block, such as a whole residual block.")
+    ] = "layer",
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Only predict: for networks that are too large for this machine.")
     ] = False,
@@ -80,6 +86,7 @@ def profile(
     spec = validated(
         StepSpec,
         batch_size=batch_size,
+        micro_batch=micro_batch,
         optimizer={"name": optimizer, "momentum": momentum, "weight_decay": weight_decay, "foreach": foreach},
         precision=precision,
         memory_format=memory_format,
@@ -88,6 +95,7 @@ def profile(
         device=device,
     )
     shape = None if input_shape is None else numbers(input_shape, "--input-shape")
+    units = chosen(granularity, "--granularity", get_args(Granularity))
     if process and no_measure:
         raise InputError("--process runs the step and --no-measure does not; give one of them")
     if isinstance(subjects[0], MemoryProfile):
@@ -95,10 +103,10 @@ def profile(
         if picture and not (subjects[0].timeline and subjects[0].resident):
             raise InputError(f"{model} has no timeline, so there is no picture of it; leave --picture out")
     else:
-        out = out or Path("profiles") / f"{_file_name(model, subjects[0], batch_size)}.json"
+        out = out or Path("profiles") / f"{_file_name(model, units, subjects[0], batch_size)}.json"
         picture = picture or out.with_suffix(".png")
     _check_targets(out, picture, force)
-    request = _Request(model, shape, num_classes, spec, not no_measure, process)
+    request = _Request(model, shape, num_classes, units, spec, not no_measure, process)
     profiles, remarks = zip(*_made(request, subjects, progress_console), strict=True)
     if out:
         profiles[0].save(out, force=force)
@@ -138,7 +146,7 @@ def _parsed_config(text: str, option: str) -> Config:
     try:
         return Config(freeze_depth=depths[0], full_depth=depths[1], head_scale=head_scale)
     except ValidationError as error:
-        raise InputError(f"{option} {text}: {first_invalid(error).removeprefix('Value error, ')}") from error
+        raise InputError(f"{option} {text}: {first_invalid(error)}") from error
 
 
 def _refuse_step_options(context: typer.Context) -> None:
@@ -151,9 +159,10 @@ def _refuse_step_options(context: typer.Context) -> None:
             )
 
 
-def _file_name(model: str, config: Config, batch_size: int) -> str:
+def _file_name(model: str, granularity: Granularity, config: Config, batch_size: int) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[:80] or "network"
-    return f"{name}-{config.freeze_depth}-{config.full_depth}-{config.head_scale:g}-b{batch_size}"
+    units = "" if granularity == "layer" else f"-{granularity}"
+    return f"{name}{units}-{config.freeze_depth}-{config.full_depth}-{config.head_scale:g}-b{batch_size}"
 
 
 def _check_targets(out: Path | None, picture: Path | None, force: bool) -> None:
@@ -175,6 +184,7 @@ class _Request:
     model: str
     input_shape: tuple[int, ...] | None
     num_classes: int | None
+    granularity: Granularity
     spec: StepSpec
     measured: bool
     process: bool
@@ -204,7 +214,7 @@ def _made(
 
 def _traced(request: _Request, configs: Sequence[Config]) -> "ModelGraph":
     """The network's structure; configurations that it does not have are refused."""
-    graph = traced_network(request.model, request.input_shape, request.num_classes)
+    graph = traced_network(request.model, request.input_shape, request.num_classes, request.granularity)
     for config in configs:
         graph.cuts(config)
     return graph
@@ -230,7 +240,9 @@ def _profiled(
         from slt_planner.memory.process import measure_process
 
         say("running the step in a process of its own")
-        process = measure_process(request.model, config, request.spec, graph.input_shape, request.num_classes)
+        process = measure_process(
+            request.model, config, request.spec, graph.input_shape, request.num_classes, graph.granularity
+        )
     return profile.model_copy(update={"model": request.model, "process": process}), remark
 
 

@@ -62,14 +62,18 @@ def train_client(
 def local_batches(
     dataset: Dataset, indices: np.ndarray, training: LocalTraining, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled, augmented batches of (images (n, C, H, W), labels (n, ...)); a tail of one image is dropped.
+    """Shuffled, augmented batches of (images (n, C, H, W), labels (n, ...)).
 
-    Batch statistics of a single image at one position are not defined.
+    A tail of one image is dropped, and so is a last image that would be a micro-batch alone: batch statistics of a
+    single image at one position are not defined.
     """
     own = torch.as_tensor(indices)
     for _ in range(training.epochs):
         order = own[torch.randperm(len(own), generator=generator)]
         for chosen in order.split(training.batch_size):
+            pieces = training.step.pieces(len(chosen))
+            if pieces[-1] == 1 < max(pieces):
+                chosen = chosen[:-1]
             if len(chosen) < 2 and len(order) > 1:
                 continue
             # Nothing but the batch itself may stay alive here while the step runs: it would not be in the plan's peak.

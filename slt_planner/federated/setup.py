@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from slt_planner.config import Config, Record, StepSpec
+from slt_planner.config import Config, Record
 from slt_planner.data.datasets import Dataset
 from slt_planner.data.partition import partition
 from slt_planner.errors import InfeasibleError, InputError
@@ -156,7 +156,7 @@ def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy
 
     Where budgets are enforced, its operators are calibrated too.
     """
-    spec = StepSpec(batch_size=settings.local_batch, **plan.step.model_dump())
+    spec = plan.step.with_batch(settings.local_batch)
     peaks: dict[Config, int] = {}
     for tier in plan.tiers:
         for config in strategy.tier_configs(tier.name):

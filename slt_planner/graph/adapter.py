@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from slt_planner.config import Metric
 
@@ -24,6 +25,9 @@ class Adapter:
 
     metric: Metric = "accuracy"
     """How the network is judged: ``accuracy``, or ``mean_iou`` over the pixels of (N, classes, H, W) scores."""
+
+    loss_is_mean = True
+    """The loss is a mean over the samples of a batch, so that micro-batches give the same gradients."""
 
     part = ""
     """The fqn of the module that is traced, where shapes in the rest of the network depend on data; "" is all of it."""
@@ -47,6 +51,10 @@ class Adapter:
     def loss(self, outputs: Any, labels: Tensor) -> Tensor:
         """What a training step minimises; by default the scores' cross-entropy. An output that was dropped is None."""
         return F.cross_entropy(self.scores(outputs), labels)
+
+    def labels_of(self, labels: Any, chosen: slice) -> Any:
+        """The labels of some samples of a batch; they are tensors whose first dimension is the batch."""
+        return pytree.tree_map(lambda own: own[chosen], labels)
 
     def step_loss(self, model: nn.Module, images: Tensor, labels: Any) -> Tensor:
         """The loss of a batch; override it only where the network computes its loss itself."""

@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import fx, nn
 
-from slt_planner.config import Config
+from slt_planner.config import Config, Granularity
 from slt_planner.errors import InputError
+from slt_planner.graph.blocks import merge_to_blocks
 from slt_planner.graph.freeze_units import Unit, assign_units, weights_name
 from slt_planner.graph.region import Dimension, Region, is_whole, reshaped
 from slt_planner.graph.rules import arithmetic, shapes
@@ -30,11 +31,16 @@ _UNUSED_KEEP: Callable[[int], Dimension] = Dimension
 
 
 def annotate(
-    program: fx.Graph, modules: Mapping[str, nn.Module], main: Collection[fx.Node], trained: fx.Graph | None = None
+    program: fx.Graph,
+    modules: Mapping[str, nn.Module],
+    main: Collection[fx.Node],
+    trained: fx.Graph | None = None,
+    granularity: Granularity = "layer",
 ) -> tuple[Unit, ...]:
     """Write on every node what the rules need to know, once a graph; gives the freeze units.
 
-    Evaluation mode takes the units and the steps of widths over from `trained`, the graph of training mode.
+    Evaluation mode takes the units (so their granularity) and the steps of widths over from `trained`, the graph of
+    training mode.
 
     Nodes get ``meta``: ``data`` (depends on the inputs), ``unit``, ``freezes`` and ``auxiliary`` (see `assign_units`),
     ``full`` (what it gives at full width, with axes), and weight-bearing ones ``layout``.
@@ -57,6 +63,8 @@ def annotate(
     _note_twins(walk, weighted)
     known = None if trained is None else {weights_name(n): n for n in trained.nodes if "layout" in n.meta}
     units = assign_units(program, modules, weighted, main, known)
+    if units and granularity == "block":
+        units = merge_to_blocks(program, main, weighted, units)
     whole = _gives_outputs(program, weighted, main)
     for node in program.nodes:
         walk.visit(node, lambda size, node=node: made_by(node, size))  # type: ignore[misc]

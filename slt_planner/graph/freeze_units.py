@@ -17,7 +17,8 @@ Kinds: TypeAlias = Callable[[fx.Node], object]
 class Unit:
     """A freeze unit: `name` is the fqn of its weight-bearing module, `modules` the fqns of all its modules.
 
-    `index` counts from 1 in the order of execution; `output_shape` is (channels, ...) of one sample.
+    `index` counts from 1 in the order of execution; `output_shape` is (channels, ...) of one sample. Several units
+    that `blocks.merge_to_blocks` made one are of kind "block", and have the name of their common module.
     """
 
     index: int
@@ -120,15 +121,20 @@ def _write_units(program: fx.Graph, index_of: Mapping[fx.Node, int]) -> None:
 def _unit(index: int, main: fx.Node, program: fx.Graph, modules: Mapping[str, nn.Module]) -> Unit:
     members = [str(n.target) for n in program.nodes if n.op == "call_module" and n.meta["unit"] == index]
     module = modules[str(main.target)] if main.op == "call_module" else None
-    dims = main.meta["dims"]
-    dims = dims[0] if dims and isinstance(dims[0], tuple) else dims
     return Unit(
         index=index,
         name=where(main) if where(main) != WHOLE else weights_name(main).removesuffix(".weight"),
         kind=kind_name(main, module),
-        output_shape=tuple(d.size for i, d in enumerate(dims) if i > 0 or d.size > 1),
+        output_shape=sample_shape(main),
         modules=tuple(dict.fromkeys(members)),
     )
+
+
+def sample_shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what a node gives for one sample; of several results the first."""
+    dims = node.meta["dims"]
+    dims = dims[0] if dims and isinstance(dims[0], tuple) else dims
+    return tuple(d.size for i, d in enumerate(dims) if i > 0 or d.size > 1)
 
 
 def _leading_to(program: fx.Graph, goals: Collection[fx.Node]) -> set[fx.Node]:

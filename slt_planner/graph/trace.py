@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from slt_planner.config import Config
+from slt_planner.config import Config, Granularity
 from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.graph.cuts import annotate, cut_program
@@ -39,7 +40,8 @@ class ModelGraph:
     """A network's structure: `skeleton` is a copy on the meta device (no values), `programs` its calls by mode.
 
     `programs[True]` is of training mode, `programs[False]` of evaluation mode; see `cuts.annotate` for what nodes
-    carry. `hash` is equal for networks of equal structure, whatever their weights. `constants` are the values of
+    carry. `granularity` says whether units are layers or merged to blocks (see `blocks.merge_to_blocks`). `hash` is
+    equal for networks of equal structure and equal units, whatever their weights. `constants` are the values of
     buffers that are no part of a state dict.
     """
 
@@ -51,6 +53,7 @@ class ModelGraph:
     hash: str
     adapter: Adapter
     constants: Mapping[str, Tensor]
+    granularity: Granularity = "layer"
 
     @property
     def depth(self) -> int:
@@ -77,6 +80,12 @@ class ModelGraph:
         if not counts:
             return (1.0,)
         return tuple(sorted({k / count for count in counts for k in range(2, count + 1)} | {1 / max(counts)}))
+
+    @cached_property
+    def has_batch_norm(self) -> bool:
+        """Whether any layer takes statistics over the samples of a batch."""
+        called = {getattr(node.target, "__name__", "") for node in self.programs[True].graph.nodes}
+        return "batch_norm" in called or any(isinstance(module, _BatchNorm) for module in self.skeleton.modules())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelGraph":
         """Itself: a graph never changes, and a copied sub-model still belongs to it."""
@@ -139,7 +148,12 @@ class ModelGraph:
         return {name: first.setdefault(id(tensor), name) for name, tensor in self._tensors.items()}
 
 
-def trace(model: nn.Module, input_shape: tuple[int, ...], adapter: Adapter | None = None) -> ModelGraph:
+def trace(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    adapter: Adapter | None = None,
+    granularity: Granularity = "layer",
+) -> ModelGraph:
     """Trace a network's structure; its weights are neither copied nor changed.
 
     Args:
@@ -147,21 +161,27 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], adapter: Adapter | Non
         input_shape: of one sample of the data, without the batch: (channels, height, width).
         adapter: between the data and the network, where it does not take images and give logits; by default the
             network's own ``slt_adapter``, if it has one.
+        granularity: of freeze units: ``layer``, or ``block`` for units between which a single tensor passes, such as
+            a whole residual block.
 
     Raises:
         UnsupportedLayerError: what the network does cannot be recorded, or it holds a kind of layer that has no rule.
-        InputError: the network does not take this input, or has no unit to freeze.
+        InputError: the network does not take this input, or has no unit to freeze; an unknown granularity.
 
     >>> from slt_planner.models.registry import load_model
     >>> trace(load_model("resnet20"), (3, 32, 32)).depth
     19
+    >>> trace(load_model("resnet20"), (3, 32, 32), granularity="block").depth
+    10
     """
+    if granularity not in get_args(Granularity):
+        raise InputError(f"granularity {granularity!r}: known are {', '.join(get_args(Granularity))}")
     adapter = adapter or getattr(model, "slt_adapter", None) or Adapter()
     skeleton = _on_meta(model)
     modules = dict(skeleton.named_modules())
     shape = adapter.traced_shape(model, tuple(input_shape))
     programs = {mode: _program(skeleton.train(mode), shape, adapter) for mode in (False, True)}
-    units = annotate(programs[True].graph, modules, _main_nodes(programs[True]))
+    units = annotate(programs[True].graph, modules, _main_nodes(programs[True]), granularity=granularity)
     if not units:
         raise InputError("the network has no layer to freeze before its classifier")
     annotate(programs[False].graph, modules, _main_nodes(programs[False]), programs[True].graph)
@@ -178,6 +198,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], adapter: Adapter | Non
         hash=_structure_hash(programs[True].graph, modules, input_shape),
         adapter=adapter,
         constants=_constants(model),
+        granularity=granularity,
     )
 
 

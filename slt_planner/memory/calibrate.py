@@ -1,7 +1,7 @@
 """Learning operators' scratch memory: each new signature is run once alone on this device, and kept on disk."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,26 +63,45 @@ def calibrate(
     """
     cuda.check(spec.device)
     began, learned, total, largest = time.perf_counter(), 0, 0, 0
-    with threads(spec) as number, torch.random.fork_rng(devices=[]):
+    with threads(spec) as number:
         while True:
             operators = _operators(graph, configs, spec)
             growths = known.growths(spec.device, number)
             new = [operator for signature, operator in operators.items() if signature not in growths]
             total += len(new)
-            corrected = False
-            for some in (new[i : i + _AT_ONCE] for i in range(0, len(new), _AT_ONCE)):
-                results = _run_alone(some, spec.device)
-                known.keep_growths(spec.device, number, {o.signature: growth for o, growth, _ in results})
-                layouts = {o.signature: layout for o, _, layout in results if layout is not None}
-                if layouts:
-                    known.keep_layouts(spec.device, layouts)
-                    forget()
-                    corrected = True
-                learned += len(some)
-                largest = max(largest, *[operator.argument_bytes + growth for operator, growth, _ in results])
+            as_foreseen = True
+            for run in learn(new, spec.device, number):
+                learned += run.operators
+                largest = max(largest, run.largest_bytes)
+                as_foreseen &= run.as_foreseen
                 progress(learned, total)
-            if not corrected:  # else what comes after those operators may be others
+            if as_foreseen:  # else what comes after those operators may be others
                 return Calibration(len(operators), learned, largest, time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class LearnedSome:
+    """Operators that were run alone, the most that was alive for one, and whether all gave what was foreseen."""
+
+    operators: int
+    largest_bytes: int
+    as_foreseen: bool
+
+
+def learn(operators: Sequence[Operator], device: str, number_of_threads: int) -> Iterator[LearnedSome]:
+    """Run operators alone, some at a time, and keep what is learned.
+
+    Where their outputs are not those that were foreseen, simulated steps that use them are no longer true.
+    """
+    for some in (operators[i : i + _AT_ONCE] for i in range(0, len(operators), _AT_ONCE)):
+        results = _run_alone(some, device)
+        known.keep_growths(device, number_of_threads, {o.signature: growth for o, growth, _ in results})
+        layouts = {o.signature: layout for o, _, layout in results if layout is not None}
+        if layouts:
+            known.keep_layouts(device, layouts)
+            forget()
+        largest = max(operator.argument_bytes + growth for operator, growth, _ in results)
+        yield LearnedSome(len(some), largest, not layouts)
 
 
 def _operators(graph: ModelGraph, configs: Sequence[Config], spec: StepSpec) -> dict[str, Operator]:
@@ -110,7 +129,7 @@ def _run_alone(operators: Sequence[Operator], device: str) -> list[tuple[Operato
             layouts.append(operator.other_layout(outputs))
             del outputs, call
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         events = recording.record(work, device)
     growths: list[int] = []
     inside: list[Event] = []

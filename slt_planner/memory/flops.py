@@ -1,4 +1,7 @@
-"""How much arithmetic operators do, counted by torch.utils.flop_counter: convolutions and matrix products."""
+"""What a step costs beside memory: bytes that travel, and arithmetic.
+
+Arithmetic is counted by torch.utils.flop_counter: convolutions and matrix products.
+"""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, sdpa_flop_count, shape_wrapper
 
+from slt_planner.memory.profile import StepCosts
 from slt_planner.submodel.extract import SubModel
 
 _BATCH = 2
@@ -54,6 +58,16 @@ def operator_flops(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     """FLOPs of one call of an ATen operator; a multiply and its add are two."""
     count = _COUNTS.get(getattr(function, "_overloadpacket", None))
     return count(*args, **kwargs, out_val=outputs) if count else 0
+
+
+def step_costs(model: SubModel, train_flops_per_sample: int = 0) -> StepCosts:
+    """What a client that trains a sub-model receives and sends; the arithmetic is counted elsewhere."""
+    return StepCosts(
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        upload_bytes=sum(tensor.nbytes for tensor in model.trained_state().values()),
+        download_bytes=sum(tensor.nbytes for tensor in model.held_state().values()),
+        train_flops_per_sample=train_flops_per_sample,
+    )
 
 
 def training_flops(model: SubModel) -> int:

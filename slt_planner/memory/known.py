@@ -1,4 +1,5 @@
-"""What is known of operators on this device, kept on disk between processes: scratch memory, and layouts of outputs.
+"""What is known on this device, kept on disk between processes: operators' scratch memory, layouts of their outputs,
+and forecasts of whole steps.
 
 One SQLite file under the user's cache folder, or under the folder that the variable SLT_CACHE names. What it holds is
 told apart by processor, torch version and number of threads, so that it can be shared by unlike machines.
@@ -16,7 +17,7 @@ from typing import TypeAlias
 import platformdirs
 import torch
 
-from slt_planner.environment import processor
+from slt_planner.environment import digest, processor, source_digest
 from slt_planner.errors import InputError
 
 CACHE_VARIABLE = "SLT_CACHE"
@@ -47,6 +48,22 @@ def layouts(device: str) -> Mapping[str, str]:
 def keep_layouts(device: str, learned: Mapping[str, Layout]) -> None:
     """Add to `layouts`, on disk too; raises InputError as `keep_growths`."""
     _keep(_machine(device, None), {signature: json.dumps(layout) for signature, layout in learned.items()})
+
+
+def forecasts(device: str, threads: int, step: str) -> Mapping[str, str]:
+    """What was foreseen of a network's step, as JSON, by configuration."""
+    return _table(_path(), _forecast_key(device, threads, step))
+
+
+def keep_forecasts(device: str, threads: int, step: str, made: Mapping[str, str]) -> None:
+    """Add to `forecasts`, on disk too; raises InputError as `keep_growths`."""
+    _keep(_forecast_key(device, threads, step), made)
+
+
+def _forecast_key(device: str, threads: int, step: str) -> str:
+    """A forecast is also of the code that made it, and of the layouts that were known."""
+    layouts_now = json.dumps(sorted(layouts(device).items()))
+    return f"{_machine(device, threads)}, step {step}, code {source_digest()}, layouts {digest(layouts_now)}"
 
 
 @cache

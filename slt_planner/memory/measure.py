@@ -1,7 +1,6 @@
 """Measuring a real training step, on the allocator ruler and on the tensor ruler."""
 
 import copy
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from slt_planner.memory.numbers import NUMBER_BYTES, SAVING
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile
 from slt_planner.memory.recording import NO_SPAN, Allocation, Event, Mark, SpanEnd
 from slt_planner.memory.step import SteadyStep, as_trained, device_name, threads
-from slt_planner.memory.timeline import Change, Peak, find_peak, timeline
+from slt_planner.memory.timeline import Change, Peak, find_peak, most_at_once, timeline
 from slt_planner.submodel.extract import SubModel
 
 
@@ -232,12 +231,12 @@ class _History:
         return {number for number, block in self._block_of.items() if id(block) in ours}
 
     def saved_by_unit(self) -> dict[int, int]:
-        """Bytes saved for backward, by the unit that saved them first."""
-        saved: Counter[int] = Counter()
+        """The most bytes saved for backward at once, by the unit that saved them first."""
+        saved: dict[int, list[tuple[int, int, int]]] = {}
         for block in self._blocks:
             if block.saved_by is not None and self._category(block) == "activations":
-                saved[block.saved_by] += block.size
-        return saved
+                saved.setdefault(block.saved_by, []).append((block.size, block.begin_ns, block.end_ns))
+        return {unit: most_at_once(lives) for unit, lives in saved.items()}
 
     def _category(self, block: _Block) -> Category:
         # An address is used again and again: only what is there before or after the step is known by it.

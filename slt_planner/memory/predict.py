@@ -6,6 +6,7 @@ from slt_planner.config import Config, StepSpec
 from slt_planner.environment import environment
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory import known
+from slt_planner.memory.operators import Operator
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile
 from slt_planner.memory.simulate import Call, SimulatedStep, simulate
 from slt_planner.memory.step import device_name, threads
@@ -37,29 +38,41 @@ def predict(graph: ModelGraph, config: Config, spec: StepSpec, details: bool = T
     """
     with threads(spec) as number:
         step = simulate(graph, config, spec, details)
-        growths = known.growths(spec.device, number)
-        device = device_name(spec.device, number)
-    missing = sorted({call.operator.signature for call in step.calls if _growth(call, growths) is None})
+        return profile_of(step, config, spec, number, details)
+
+
+def profile_of(
+    step: SimulatedStep, config: Config, spec: StepSpec, number_of_threads: int, details: bool
+) -> MemoryProfile:
+    """What is known of operators now, put on a simulated step."""
+    growths = known.growths(spec.device, number_of_threads)
+    missing = missing_operators(step, growths)
     history = _History(step, {} if missing else growths, _BLOCK_BYTES[spec.device])
     peak = find_peak(history.resident, history.changes)
     return MemoryProfile(
         config=config,
-        spec=spec.model_copy(update={"threads": number}),
+        spec=spec.model_copy(update={"threads": number_of_threads}),
         source="PREDICTED",
         exact=not missing,
-        missing=tuple(missing),
+        missing=tuple(sorted(missing)),
         peak_bytes=peak.size,
-        tensor_peak_bytes=max(call.live_after for call in step.calls),
+        tensor_peak_bytes=step.tensor_peak_bytes,
         peak_operator=peak.operator,
         peak_unit=peak.unit,
-        device=device,
+        peak_phase=peak.phase,
+        device=device_name(spec.device, number_of_threads),
         batch_size=spec.batch_size,
         breakdown=peak.breakdown,
         resident=history.resident,
-        environment=environment(number),
+        environment=environment(number_of_threads),
         units=step.units,
         timeline=timeline(history.resident, history.changes) if details else (),
     )
+
+
+def missing_operators(step: SimulatedStep, growths: Mapping[str, int]) -> dict[str, Operator]:
+    """The operators of a step whose scratch memory is not known, by signature."""
+    return {call.operator.signature: call.operator for call in step.calls if _growth(call, growths) is None}
 
 
 _BLOCK_BYTES = {"cpu": 1, "cuda": 512}
@@ -98,12 +111,12 @@ class _History:
     ) -> Iterator[Change]:
         for number, call in enumerate(calls):
             for size, category in gone.get(number, ()):
-                yield Change(-size, category, "", call.unit)
+                yield Change(-size, category, "", call.unit, phase=call.phase)
             name = call.operator.name
             scratch = _growth(call, growths) or 0
             for size, category in born.get(number, ()):
-                yield Change(size, category, name, call.unit)
+                yield Change(size, category, name, call.unit, phase=call.phase)
                 scratch -= size
             if scratch > 0:
-                yield Change(scratch, "workspace", name, call.unit)
-                yield Change(-scratch, "workspace", name, call.unit)
+                yield Change(scratch, "workspace", name, call.unit, phase=call.phase)
+                yield Change(-scratch, "workspace", name, call.unit, phase=call.phase)

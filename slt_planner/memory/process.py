@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slt_planner.config import Config, Record, StepSpec
+from slt_planner.config import Config, Granularity, Record, StepSpec
 from slt_planner.errors import InputError
 from slt_planner.memory.profile import ProcessMemory
 
@@ -18,10 +18,16 @@ class _Request(Record):
     spec: StepSpec
     input_shape: tuple[int, ...]
     num_classes: int | None
+    granularity: Granularity
 
 
 def measure_process(
-    model: str, config: Config, spec: StepSpec, input_shape: tuple[int, ...], num_classes: int | None = None
+    model: str,
+    config: Config,
+    spec: StepSpec,
+    input_shape: tuple[int, ...],
+    num_classes: int | None = None,
+    granularity: Granularity = "layer",
 ) -> ProcessMemory:
     """The resident set of a fresh process before and during a steady step of a sub-model: interpreter and libraries
     included, so it is the number to hold against a phone's or a container's limit.
@@ -32,13 +38,21 @@ def measure_process(
         spec: the step; on CPU.
         input_shape: of one sample.
         num_classes: outputs of the network; None is its own number.
+        granularity: of the units that the configuration counts.
 
     Raises:
         InputError: the step is not on CPU, or the process failed; the message is its last line.
     """
     if spec.device != "cpu":
         raise InputError(f"the process ruler is for steps on cpu, not on {spec.device}")
-    request = _Request(model=model, config=config, spec=spec, input_shape=input_shape, num_classes=num_classes)
+    request = _Request(
+        model=model,
+        config=config,
+        spec=spec,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        granularity=granularity,
+    )
     done = subprocess.run(
         [sys.executable, "-m", __name__], input=request.model_dump_json(), capture_output=True, text=True, check=False
     )
@@ -54,9 +68,8 @@ def _answer(request: _Request) -> ProcessMemory:
     from slt_planner.models.registry import load_model
     from slt_planner.submodel.extract import extract
 
-    graph = trace(
-        load_model(request.model, request.num_classes, request.input_shape, weights=False), request.input_shape
-    )
+    network = load_model(request.model, request.num_classes, request.input_shape, weights=False)
+    graph = trace(network, request.input_shape, granularity=request.granularity)
     before = resident_bytes()
     with threads(request.spec):
         module = as_trained(extract(graph, None, request.config, request.spec.norms), request.spec)

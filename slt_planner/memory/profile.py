@@ -12,6 +12,7 @@ from slt_planner.units import LARGEST_BYTES
 if TYPE_CHECKING:
     import pandas as pd
 
+Phase = Literal["forward", "backward", "optimizer"]
 Category = Literal["weights", "buffers", "gradients", "optimizer", "activations", "temporaries", "workspace", "batch"]
 CATEGORIES: tuple[Category, ...] = (
     "weights",
@@ -32,6 +33,7 @@ Count = Annotated[int, Field(ge=0, le=10**24)]
 class UnitRow(Record):
     """One freeze unit's part of a training step; bytes are of the whole batch, multiply-adds and FLOPs of one sample.
 
+    `activations_bytes` are the most that is saved at once: of one micro-batch where there are several.
     In `forward_multiply_adds` a multiply and its add are one, in `training_flops` they are two; both are counted by
     torch.utils.flop_counter: convolutions and matrix products. A frozen unit trains with its forward pass alone.
     """
@@ -70,12 +72,28 @@ class ProcessMemory(Record):
     peak_bytes: Bytes
 
 
+class StepCosts(Record):
+    """What a configuration costs beside memory.
+
+    `upload_bytes` are the trained parameters and the running statistics of their norms, if there are any: what a client
+    sends back. `download_bytes` are all parameters and buffers of the sub-model. `train_flops_per_sample` counts a
+    multiply and an add as two; the frozen part runs forward only.
+    """
+
+    trainable_parameters: Count
+    upload_bytes: Bytes
+    download_bytes: Bytes
+    train_flops_per_sample: Count
+
+
 class MemoryProfile(Record):
     """Peak memory of one steady training step.
 
     `peak_bytes` is on the allocator ruler: everything PyTorch's allocator had given out at the worst moment, kernels'
     scratch included. `breakdown` is by category at that moment and adds up to it exactly; `resident` is the same at the
     step's begin, before the batch. `tensor_peak_bytes` is on the tensor ruler: live storages at the end of an operator.
+
+    `peak_operator`, `peak_unit` (0: none, or not followed) and `peak_phase` say where in the step that moment is.
 
     A prediction is `exact` when every operator's scratch memory is known on this device; otherwise `peak_bytes` is the
     tensor peak, and `missing` names the operators.
@@ -92,6 +110,7 @@ class MemoryProfile(Record):
     tensor_peak_bytes: Bytes | None = None
     peak_operator: str
     peak_unit: Count = 0
+    peak_phase: Phase | None = None
     device: str
     source: Literal["MEASURED", "PREDICTED"] = "MEASURED"
     exact: bool = True

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from slt_planner.config import Config, StepSpec
 from slt_planner.errors import UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.attribution import Attribution, unit_rows
+from slt_planner.memory.flops import operator_flops, step_costs
 from slt_planner.memory.hollow import Hollow, TensorSpec
 from slt_planner.memory.numbers import NUMBER_BYTES, SavedNumbers
 from slt_planner.memory.operators import NO_OPERATORS, Operator, operator_of
-from slt_planner.memory.profile import Category, UnitRow
+from slt_planner.memory.profile import Category, Phase, StepCosts, UnitRow
 from slt_planner.memory.step import SteadyStep, as_trained
+from slt_planner.memory.timeline import most_at_once
 from slt_planner.submodel.extract import extract
 
 _LIFT = torch.ops.aten.lift_fresh.default
@@ -40,21 +42,31 @@ class Storage:
 
 @dataclass(frozen=True)
 class Call:
-    """One operator of the step, its unit, and the bytes that are live as it begins and when it is done."""
+    """One operator of the step, where in it, and the bytes that are live as it begins and when it is done."""
 
     operator: Operator
     unit: int
+    phase: Phase
     live_before: int
     live_after: int
 
 
 @dataclass
 class SimulatedStep:
-    """Every operator of a steady step in order, every storage that is alive in it, and a row a unit if asked for."""
+    """Every operator of a steady step in order, every storage that is alive in it, and what the step costs.
 
-    calls: list[Call] = field(default_factory=list)
-    storages: list[Storage] = field(default_factory=list)
+    `units` has a row a unit if it was asked for.
+    """
+
+    calls: list[Call]
+    storages: list[Storage]
+    costs: StepCosts
     units: tuple[UnitRow, ...] = ()
+
+    @property
+    def tensor_peak_bytes(self) -> int:
+        """The most that is live at the end of an operator."""
+        return max(call.live_after for call in self.calls)
 
 
 def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -> SimulatedStep:
@@ -67,6 +79,7 @@ def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -
     if graph.adapter.part:
         raise UnsupportedLayerError("the network's shapes depend on data: its memory can be measured, not predicted")
     module = as_trained(extract(graph, None, config, spec.norms, on_meta=True), spec)
+    costs = step_costs(module)
     _make_hollow(module, torch.device("cuda:0" if spec.device == "cuda" else "cpu"))
     step = SteadyStep(module, spec, graph.input_shape, graph.num_classes, graph.adapter)
     attribution = Attribution()
@@ -81,9 +94,12 @@ def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -
         following = attribution.following(module) if details else nullcontext()
         with hooks, following, _values_refused():
             step.run(watch.hold)
-    if details:
-        watch.step.units = unit_rows(step, attribution, watch.saved_by_unit(), spec.batch_size)
-    return watch.step
+    return SimulatedStep(
+        calls=watch.calls,
+        storages=watch.storages,
+        costs=costs.model_copy(update={"train_flops_per_sample": watch.flops // spec.batch_size}),
+        units=unit_rows(step, attribution, watch.saved_by_unit(), spec.batch_size) if details else (),
+    )
 
 
 @contextmanager
@@ -128,7 +144,9 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, attribution: Attribution, details: bool) -> None:
         super().__init__()
-        self.step = SimulatedStep()
+        self.calls: list[Call] = []
+        self.storages: list[Storage] = []
+        self.flops = 0
         self._attribution, self._details = attribution, details
         self._preparing = True
         self._live = 0
@@ -160,10 +178,16 @@ class _Watch(TorchDispatchMode):
             for leaf in (outputs,) if isinstance(outputs, Tensor) else pytree.tree_leaves(outputs):
                 if isinstance(leaf, Tensor):
                     self._follow(leaf)
-        self.step.calls.append(Call(operator, unit, live_before, self._live))
+        self.calls.append(Call(operator, unit, self._phase(), live_before, self._live))
+        self.flops += operator_flops(func, args, kwargs, outputs)
         if self._details:
             self._attribution.called(func, args, kwargs, outputs)
         return outputs
+
+    def _phase(self) -> Phase:
+        if torch._C._current_autograd_node() is not None:
+            return "backward"
+        return "optimizer" if self._attribution.in_optimizer else "forward"
 
     def _item(self) -> float:
         """The optimizer's count of steps is the only value that a step may look at."""
@@ -175,26 +199,26 @@ class _Watch(TorchDispatchMode):
         storage = tensor.untyped_storage()
         life = self._lives.get(storage._cdata)
         if life is None:
-            record = Storage(storage.nbytes(), len(self.step.calls))
+            record = Storage(storage.nbytes(), len(self.calls))
             life = _Life(storage, self._gone(storage._cdata))
             life.record = record
             self._lives[storage._cdata] = life
-            self.step.storages.append(record)
+            self.storages.append(record)
             self._live += record.size
         return life.record
 
     def _keep_numbers(self, more: int) -> None:
         """Numbers have no storage here, and all are alike: which of them goes makes no difference."""
-        now = len(self.step.calls)
+        now = len(self.calls)
         for _ in range(more):
             self._kept_numbers.append(Storage(NUMBER_BYTES, now))
-            self.step.storages.append(self._kept_numbers[-1])
+            self.storages.append(self._kept_numbers[-1])
         for _ in range(-more):
             self._kept_numbers.pop().end = now
 
     def _gone(self, address: int) -> Any:
         def gone(life: _Life) -> None:
-            life.record.end = len(self.step.calls)
+            life.record.end = len(self.calls)
             self._live -= life.record.size
             del self._lives[address]
 
@@ -216,16 +240,16 @@ class _Watch(TorchDispatchMode):
     def forget_calls(self) -> None:
         """The step begins here: what is alive was there before."""
         self._preparing = False
-        self.step.calls.clear()
+        self.calls.clear()
         alive = [life.record for life in self._lives.values()]
         for record in alive:
             record.begin = -1
-        self.step.storages[:] = alive
+        self.storages[:] = alive
 
     def saved_by_unit(self) -> dict[int, int]:
-        """Bytes saved for backward, by the unit that saved them first."""
-        saved: dict[int, int] = {}
-        for record in self.step.storages:
+        """The most bytes saved for backward at once, by the unit that saved them first."""
+        saved: dict[int, list[tuple[int, int, int]]] = {}
+        for record in self.storages:
             if record.saved_by is not None and record.category == "temporaries":
-                saved[record.saved_by] = saved.get(record.saved_by, 0) + record.size
-        return saved
+                saved.setdefault(record.saved_by, []).append((record.size, record.begin, record.end))
+        return {unit: most_at_once(lives) for unit, lives in saved.items()}

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from slt_planner.config import Optimizer, StepSettings, StepSpec
@@ -46,12 +47,37 @@ def training_step(
     step: StepSettings,
     adapter: Adapter,
 ) -> Tensor:
-    """One step on a batch (N, ...) with its labels; gives the loss, detached."""
+    """One step on a batch (N, ...) with its labels; gives the loss, detached.
+
+    With micro-batches the pieces run forward and backward one after another, each with its share of the loss, and the
+    optimizer steps once. Where the loss is a mean over samples (`Adapter.loss_is_mean`) the gradients are the batch's
+    own, but for the order of sums. Batch norm is then ghost batch norm (arXiv 1705.08741): its statistics are those of
+    a piece, and running ones move once a piece. Random masks are drawn piece by piece.
+    """
     optimizer.zero_grad(set_to_none=step.set_to_none)
+    pieces = step.pieces(len(batch))
+    if len(pieces) == 1:
+        loss = _add_gradients(model, batch, labels, step, adapter)
+    else:
+        loss, begin = torch.zeros((), device=batch.device), 0
+        for size in pieces:
+            chosen = slice(begin, begin + size)
+            own = adapter.labels_of(labels, chosen)
+            loss += _add_gradients(model, batch[chosen], own, step, adapter, share=size / len(batch))
+            begin += size
+    optimizer.step()
+    return loss
+
+
+def _add_gradients(
+    model: nn.Module, batch: Tensor, labels: Any, step: StepSettings, adapter: Adapter, share: float = 1.0
+) -> Tensor:
+    """Forward and backward of some samples; gives the share of the loss that they count with, detached."""
     with _precision(step):
         loss = adapter.step_loss(model, batch, labels)
+    if share < 1:
+        loss = loss * share
     loss.backward()
-    optimizer.step()
     return loss.detach()
 
 
@@ -101,6 +127,13 @@ def threads(step: StepSettings) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether what comes out for a sample depends on the others beside it."""
+    if isinstance(module, SubModel):
+        return module.extraction.graph.has_batch_norm
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
 def device_name(device: str, number_of_threads: int) -> str:
     """The device of a profile, in words."""
     if device == "cuda":
@@ -108,12 +141,27 @@ def device_name(device: str, number_of_threads: int) -> str:
     return f"cpu, {number_of_threads} thread{'s' if number_of_threads > 1 else ''}"
 
 
+def _refuse_lone_samples(module: nn.Module, spec: StepSpec) -> None:
+    """Batch norm takes statistics over samples, and a micro-batch of one sample has none."""
+    if spec.micro_batch is not None and min(spec.pieces(spec.batch_size)) == 1 and has_batch_norm(module):
+        right = 2 if spec.batch_size % 2 == 0 else 3
+        raise InputError(
+            f"micro-batches of {spec.micro_batch} in a batch of {spec.batch_size}: batch norm would see a single "
+            f"sample; use {right} or more"
+        )
+
+
 class SteadyStep:
-    """A module in training and its optimizer, with what it takes to bring one to the second step and run that."""
+    """A module in training and its optimizer, with what it takes to bring one to the second step and run that.
+
+    Raises:
+        InputError: micro-batches of one sample, and the module has batch norms.
+    """
 
     def __init__(
         self, module: nn.Module, spec: StepSpec, input_shape: tuple[int, ...], num_classes: int, adapter: Adapter
     ) -> None:
+        _refuse_lone_samples(module, spec)
         self.module = module.train()
         self.optimizer = make_optimizer(module.parameters(), spec.optimizer, learning_rate=0.0)
         self.device = spec.device
@@ -129,18 +177,25 @@ class SteadyStep:
 
     def run(self, at_end: Callable[[Mapping[Category, list[Tensor]]], None]) -> None:
         """One step; `at_end` is given the tensors that are there when it is done, before the batch goes."""
+        batch, labels = self.example_batch()
+        self.train(batch, labels)
+        at_end({**self.tensors(), "batch": [x for x in pytree.tree_leaves([batch, labels]) if isinstance(x, Tensor)]})
+
+    def example_batch(self) -> tuple[Tensor, Any]:
+        """Random images (N, ...), ready for the step, and labels."""
         with torch.device(self._spec.device):
             images = torch.randn(self._spec.batch_size, *self._input_shape)
             labels = self._adapter.example_labels(self._spec.batch_size, self._num_classes, self._input_shape)
-        batch = as_batch(images, self._spec)
-        del images
+        return as_batch(images, self._spec), labels
+
+    def train(self, batch: Tensor, labels: Any) -> None:
+        """The step alone."""
         try:
             training_step(self.module, self.optimizer, batch, labels, self._spec, self._adapter)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise InputError(f"batch {len(batch)}: batch norm would see one value a channel; use 2 or more") from error
-        at_end({**self.tensors(), "batch": [x for x in pytree.tree_leaves([batch, labels]) if isinstance(x, Tensor)]})
 
     def tensors(self) -> dict[Category, list[Tensor]]:
         """What outlives a step, by category."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
-from slt_planner.memory.profile import CATEGORIES, Category, TimelinePoint
+from slt_planner.memory.profile import CATEGORIES, Category, Phase, TimelinePoint
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Change:
     operator: str
     unit: int
     time_us: float | None = None
+    phase: Phase | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,17 @@ class Peak:
     breakdown: dict[Category, int]
     operator: str
     unit: int
+    phase: Phase | None = None
+
+
+def most_at_once(lives: Iterable[tuple[int, int, int]]) -> int:
+    """The most bytes that are there together, of (bytes, begin, end); what ends when another begins is gone by then.
+
+    >>> most_at_once([(5, 0, 2), (4, 1, 3), (6, 2, 4)])
+    10
+    """
+    changes = sorted(change for size, begin, end in lives for change in ((begin, size), (end, -size)))
+    return max(accumulate((size for _, size in changes), initial=0))
 
 
 def find_peak(resident: Mapping[Category, int], changes: Iterable[Change]) -> Peak:
@@ -38,7 +51,7 @@ def find_peak(resident: Mapping[Category, int], changes: Iterable[Change]) -> Pe
         live[change.category] += change.size
         if now > most:
             most = now
-            peak = Peak(now, dict(live), change.operator or "(none)", change.unit)
+            peak = Peak(now, dict(live), change.operator or "(none)", change.unit, change.phase)
     return peak
 
 

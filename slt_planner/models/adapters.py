@@ -34,6 +34,7 @@ class Segmentation(Adapter):
     """
 
     metric: Metric = "mean_iou"
+    loss_is_mean = False  # over pixels that count, of which a micro-batch can have more than its share
     ignored = 255
 
     def scores(self, outputs: Any) -> Any:
@@ -58,6 +59,7 @@ class Detection(Adapter):
     `masks` and `keypoints` say what the targets hold besides boxes and classes.
     """
 
+    loss_is_mean = False  # over proposals, of which an image can have more than another
     part = "backbone"
     _OBJECTS = 4  # made-up objects an image
     _KEYPOINTS = 17  # of a person, as in COCO
@@ -82,6 +84,10 @@ class Detection(Adapter):
     def example_labels(self, batch_size: int, num_classes: int, input_shape: tuple[int, ...]) -> Any:
         """Targets with four boxes an image, each half of its height and width."""
         return [self._target(num_classes, *input_shape[-2:]) for _ in range(batch_size)]
+
+    def labels_of(self, labels: Any, chosen: slice) -> Any:
+        """The targets of some images."""
+        return labels[chosen]
 
     def _target(self, num_classes: int, height: int, width: int) -> dict[str, Tensor]:
         size = torch.tensor([width, height])

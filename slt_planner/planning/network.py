@@ -28,7 +28,7 @@ def planned_network(
         raise InputError(f"the plan's model is your own code, {name}; if you trust it, pass --model {name}")
     classes = None if is_reference(str(name)) else plan.num_classes
     network = load_model(name, classes, plan.input_shape, weights=weights or isinstance(name, nn.Module))
-    graph = trace(network, plan.input_shape)
+    graph = trace(network, plan.input_shape, granularity=plan.model.granularity)
     if graph.hash != plan.model.graph_hash:
         raise InputError(
             f"the model is not the plan's: its graph is {graph.hash}, planned was {plan.model.graph_hash}; "

@@ -1,7 +1,8 @@
-"""From a ModelGraph and tiers to a Plan: the schedule found and proven by measured training steps."""
+"""From a ModelGraph and tiers to a Plan: the schedule found on predicted steps, and proven by measured ones."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -9,25 +10,35 @@ from slt_planner.config import Config, StepSpec, Tier, equal_tiers
 from slt_planner.environment import environment
 from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.graph.trace import ModelGraph
-from slt_planner.memory.flops import training_flops
-from slt_planner.memory.measure import measure
-from slt_planner.memory.profile import MemoryProfile
-from slt_planner.memory.step import as_trained
-from slt_planner.planning.plan import Plan, PlannedModel, Proof, Stage, TierPlan, TierStage
-from slt_planner.planning.rounds import rounds_fractions
-from slt_planner.planning.search import (
-    NoSchedule,
-    SearchSpace,
-    StageChoice,
-    find_schedule,
-    least_frozen,
-    smallest_budget,
+from slt_planner.planning.bench import Bench, Progress, silent
+from slt_planner.planning.infeasible import Infeasibility, explain
+from slt_planner.planning.plan import (
+    LimitedBy,
+    Plan,
+    PlannedModel,
+    Policy,
+    Proof,
+    ProofKind,
+    RoundsPolicy,
+    Stage,
+    TierPlan,
+    TierStage,
 )
-from slt_planner.submodel.extract import extract
-from slt_planner.units import format_bytes
+from slt_planner.planning.rounds import rounds_fractions
+from slt_planner.planning.search import NoSchedule, SearchSpace, StageChoice, find_schedule, least_frozen
+from slt_planner.planning.trade_off import trade_off
 
-Progress = Callable[[int, Config], None]
-"""Told after each measured step: how many there were, and which configuration it was."""
+
+@dataclass(frozen=True)
+class OwnStage:
+    """A tier's configuration in a stage, why its head is no wider, and what must be over for it to be maximal."""
+
+    config: Config
+    limited_by: LimitedBy
+    beyond: Mapping[ProofKind, Config]
+
+
+Outcome: TypeAlias = tuple[OwnStage, ...] | NoSchedule
 
 
 def solve(
@@ -35,22 +46,33 @@ def solve(
     tiers: Sequence[str] | Sequence[Tier],
     spec: StepSpec,
     model_name: str | None = None,
-    progress: Progress = lambda count, config: None,
+    progress: Progress = silent,
+    verify: bool = True,
+    policy: Policy = "coupled",
+    rounds_policy: RoundsPolicy = "parameters",
+    map_trade_off: bool = False,
 ) -> Plan:
-    """The `coupled` schedule, every stage of every tier measured (METHOD, section 1).
+    """The largest schedule that fits each tier (METHOD, section 1).
 
-    The weakest tier that has a schedule sets full_depth and head_scale of each stage; each tier then freezes as
-    little as fits. Memory does not depend on values, so the network's weights are not needed.
+    With the policy ``coupled`` the weakest tier that has a schedule sets full_depth and head_scale of each stage, and
+    each tier freezes as little as fits; with ``per-tier`` only full_depth is shared, and every tier has the widest head
+    that fits it. Memory does not depend on values, so the network's weights are not needed.
 
     Args:
         graph: the traced network.
         tiers: budgets such as ``["64MB", "128MB"]``, or tiers.
         spec: the training step; its threads, if None, become this process's.
         model_name: what the plan calls the network.
-        progress: called after each measured step.
+        progress: told what is going on.
+        verify: measure every stage and every proof; a measurement overrules a prediction. Without, the plan rests on
+            predictions, for which operators are calibrated that are not known yet.
+        policy: which of a stage's numbers the tiers share.
+        rounds_policy: a stage's rounds in proportion to its trainable parameters, or ``equal``.
+        map_trade_off: also map what freezing and narrowing buy, where steps can be predicted.
 
     Raises:
-        InputError: a budget that cannot be read, tiers that share a name, or a batch of one.
+        InputError: a budget that cannot be read, tiers that share a name, a batch of one, or, without `verify`, a
+            network whose steps cannot be predicted.
         InfeasibleError: no tier has a schedule; the message gives each tier's reason.
     """
     if spec.batch_size < 2:
@@ -58,79 +80,43 @@ def solve(
     if spec.threads is None:
         spec = spec.model_copy(update={"threads": torch.get_num_threads()})
     ordered = _ordered_tiers(tiers)
-    bench = MeasuringBench(graph, spec, progress)
-    space = bench.space()
-    full_network = bench.profile_full_network()
-    outcomes = _search_until_feasible(space, ordered)
-    schedule = next((o for o in outcomes.values() if not isinstance(o, NoSchedule)), None)
-    if schedule is None:
-        reasons = [f"{t.name}: {_reason(outcomes[t.name], space)}" for t in ordered]  # type: ignore[arg-type]
-        raise InfeasibleError("; ".join(reasons))
-    tier_plans = tuple(
-        _infeasible(tier, outcome, space)
-        if isinstance(outcome := outcomes.get(tier.name), NoSchedule)
-        else _feasible(tier, schedule, bench, full_network.peak_bytes, binding=tier.name in outcomes)
-        for tier in ordered
-    )
-    return Plan(
-        model=PlannedModel(
-            name=model_name,
-            graph_hash=graph.hash,
-            data_dependent=bool(graph.adapter.part),
-            unit_names=tuple(u.name for u in graph.units),
-        ),
-        input_shape=graph.input_shape,
-        num_classes=graph.num_classes,
-        batch_size=spec.batch_size,
-        step=spec.settings,
-        environment=environment(spec.threads or 0),
-        full_network=full_network,
-        stages=_shared_stages(schedule, next(tier for tier in tier_plans if tier.stages)),
-        tiers=tier_plans,
-    )
-
-
-def _shared_stages(schedule: Sequence[StageChoice], binding: TierPlan) -> tuple[Stage, ...]:
-    fractions = rounds_fractions([stage.trainable_parameters for stage in binding.stages])
-    return tuple(
-        Stage(
-            full_depth=choice.full_depth,
-            head_scale=choice.head_scale,
-            rounds_fraction=fraction,
-            limited_by=choice.limited_by,
+    with Bench(graph, spec, measuring=verify, progress=progress) as bench:
+        outcomes = _search(bench.space(), ordered, policy)
+        while verify and bench.measure_all([bench.whole, *_claimed(outcomes)]):
+            outcomes = _search(bench.space(), ordered, policy)
+        reasons = {
+            tier.name: explain(bench, tier.budget_bytes, outcome, measuring=verify)
+            for tier in ordered
+            if isinstance(outcome := outcomes[tier.name], NoSchedule)
+        }
+        if len(reasons) == len(ordered):
+            raise InfeasibleError("; ".join(f"{name}: {reason.text}" for name, reason in reasons.items()))
+        tier_plans = tuple(
+            _infeasible(tier, reasons[tier.name])
+            if isinstance(outcome := outcomes[tier.name], NoSchedule)
+            else _feasible(tier, outcome, bench)
+            for tier in ordered
         )
-        for choice, fraction in zip(schedule, fractions, strict=True)
-    )
-
-
-@dataclass
-class MeasuringBench:
-    """Measures configurations of one network, each once."""
-
-    graph: ModelGraph
-    spec: StepSpec
-    progress: Progress = lambda count, config: None
-    profiles: dict[Config, MemoryProfile] = field(default_factory=dict)
-
-    def space(self) -> SearchSpace:
-        """The search space whose peaks are measured."""
-        return SearchSpace(self.graph.depth, self.graph.head_scales, lambda config: self.profile(config).peak_bytes)
-
-    def profile(self, config: Config) -> MemoryProfile:
-        """The measured step of a configuration."""
-        if config not in self.profiles:
-            self.profiles[config] = self._measure(config, details=False)
-            self.progress(len(self.profiles), config)
-        return self.profiles[config]
-
-    def profile_full_network(self) -> MemoryProfile:
-        """The whole network end to end, with a row a unit."""
-        config = self.space().config(0, 0, 1.0)
-        rows = self._measure(config, details=True).units
-        return self.profile(config).model_copy(update={"units": rows})
-
-    def _measure(self, config: Config, details: bool) -> MemoryProfile:
-        return measure(extract(self.graph, None, config, self.spec.norms), self.spec, details=details)
+        return Plan(
+            model=PlannedModel(
+                name=model_name,
+                graph_hash=graph.hash,
+                granularity=graph.granularity,
+                data_dependent=bool(graph.adapter.part),
+                unit_names=tuple(u.name for u in graph.units),
+            ),
+            input_shape=graph.input_shape,
+            num_classes=graph.num_classes,
+            batch_size=spec.batch_size,
+            step=spec.settings,
+            policy=policy,
+            rounds_policy=rounds_policy,
+            environment=environment(spec.threads or 0),
+            full_network=bench.profile(bench.whole).model_copy(update={"units": bench.detailed(bench.whole).units}),
+            stages=_shared_stages(next(tier for tier in tier_plans if tier.stages), rounds_policy),
+            tiers=tier_plans,
+            trade_off=trade_off(bench, ordered) if map_trade_off and bench.predicts else None,
+        )
 
 
 def _ordered_tiers(tiers: Sequence[str] | Sequence[Tier]) -> tuple[Tier, ...]:
@@ -142,80 +128,108 @@ def _ordered_tiers(tiers: Sequence[str] | Sequence[Tier]) -> tuple[Tier, ...]:
     return tuple(sorted(named, key=lambda tier: tier.budget_bytes))
 
 
-def _search_until_feasible(
-    space: SearchSpace, tiers: Sequence[Tier]
-) -> dict[str, tuple[StageChoice, ...] | NoSchedule]:
-    """The outcomes of the tiers from the weakest up to the first that has a schedule: that one binds the stronger."""
-    outcomes: dict[str, tuple[StageChoice, ...] | NoSchedule] = {}
+def _search(space: SearchSpace, tiers: Sequence[Tier], policy: Policy) -> dict[str, Outcome]:
+    """Each tier's stages, or why it has none."""
+    outcomes: dict[str, Outcome] = {}
+    shared: tuple[StageChoice, ...] | None = None  # as the weakest tier that has a schedule sets them
     for tier in tiers:
-        outcomes[tier.name] = find_schedule(space, tier.budget_bytes)
-        if not isinstance(outcomes[tier.name], NoSchedule):
-            break
+        found = find_schedule(space, tier.budget_bytes) if shared is None or policy == "per-tier" else shared
+        if isinstance(found, NoSchedule):
+            outcomes[tier.name] = found
+            continue
+        binds = shared is None or policy == "per-tier"
+        shared = shared or found
+        own = (*found, *[found[-1]] * (len(shared) - len(found)))  # who is through trains the whole network
+        outcomes[tier.name] = tuple(_own_stages(space, own, tier.budget_bytes, binds))
     return outcomes
 
 
-def _feasible(
-    tier: Tier, schedule: Sequence[StageChoice], bench: MeasuringBench, full_peak: int, binding: bool
-) -> TierPlan:
-    space = bench.space()
-    stages, proofs = [], []
+def _own_stages(space: SearchSpace, choices: Sequence[StageChoice], budget: int, binds: bool) -> Iterator[OwnStage]:
     freeze_depth = 0
-    for number, choice in enumerate(schedule):
-        freeze_depth = least_frozen(space, choice, tier.budget_bytes, guess=freeze_depth)
-        config = space.config(freeze_depth, choice.full_depth, choice.head_scale)
-        stages.append(_tier_stage(config, choice, bench, binding))
-        if binding and choice.wider_head is not None:
-            proofs.append(_proof(number, "wider_head", choice.wider_head, space))
+    for choice in choices:
+        freeze_depth = least_frozen(space, choice, budget, guess=freeze_depth)
+        beyond: dict[ProofKind, Config] = {}
+        if binds and choice.wider_head is not None:
+            beyond["wider_head"] = choice.wider_head
         if freeze_depth > 0:
-            less = space.config(freeze_depth - 1, choice.full_depth, choice.head_scale)
-            proofs.append(_proof(number, "less_frozen", less, space))
+            beyond["less_frozen"] = space.config(freeze_depth - 1, choice.full_depth, choice.head_scale)
+        yield OwnStage(
+            config=space.config(freeze_depth, choice.full_depth, choice.head_scale),
+            limited_by=choice.limited_by if binds or choice.limited_by == "full" else "weakest_tier",
+            beyond=beyond,
+        )
+
+
+def _claimed(outcomes: Mapping[str, Outcome]) -> Iterator[Config]:
+    """The configurations whose peaks the outcomes rest on."""
+    for outcome in outcomes.values():
+        if isinstance(outcome, NoSchedule):
+            yield outcome.floor
+        else:
+            for stage in outcome:
+                yield stage.config
+                yield from stage.beyond.values()
+
+
+def _infeasible(tier: Tier, reason: Infeasibility) -> TierPlan:
     return TierPlan(
-        name=tier.name,
-        budget_bytes=tier.budget_bytes,
-        share=tier.share,
-        status="full" if full_peak <= tier.budget_bytes else "scheduled",
-        stages=tuple(stages),
-        proofs=tuple(proofs),
+        **tier.model_dump(),
+        status="infeasible",
+        reason=reason.text,
+        smallest_budget_bytes=reason.smallest_budget_bytes,
+        largest_batch=reason.largest_batch,
     )
 
 
-def _tier_stage(config: Config, choice: StageChoice, bench: MeasuringBench, binding: bool) -> TierStage:
-    profile = bench.profile(config)
-    on_meta = not bench.graph.adapter.part  # shapes that depend on data need some
-    sub = as_trained(extract(bench.graph, None, config, bench.spec.norms, on_meta), bench.spec)
+def _feasible(tier: Tier, stages: Sequence[OwnStage], bench: Bench) -> TierPlan:
+    return TierPlan(
+        **tier.model_dump(),
+        status="full" if bench.peak(bench.whole) <= tier.budget_bytes else "scheduled",
+        stages=tuple(_tier_stage(stage, bench) for stage in stages),
+        proofs=tuple(
+            _proof(number, kind, config, bench)
+            for number, stage in enumerate(stages)
+            for kind, config in stage.beyond.items()
+        ),
+    )
+
+
+def _tier_stage(stage: OwnStage, bench: Bench) -> TierStage:
+    predicted, measured = bench.predicted(stage.config), bench.measured(stage.config)
     return TierStage(
+        freeze_depth=stage.config.freeze_depth,
+        full_depth=stage.config.full_depth,
+        head_scale=stage.config.head_scale,
+        limited_by=stage.limited_by,
+        predicted_peak_bytes=predicted.peak_bytes if predicted else None,
+        predicted_breakdown=predicted.breakdown if predicted else None,
+        measured_peak_bytes=measured.peak_bytes if measured else None,
+        measured_breakdown=measured.breakdown if measured else None,
+        **bench.costs(stage.config).model_dump(),
+    )
+
+
+def _proof(stage: int, kind: ProofKind, config: Config, bench: Bench) -> Proof:
+    predicted, measured = bench.predicted(config), bench.measured(config)
+    return Proof(
+        stage=stage,
+        kind=kind,
         freeze_depth=config.freeze_depth,
         full_depth=config.full_depth,
         head_scale=config.head_scale,
-        limited_by=choice.limited_by if binding or choice.limited_by == "full" else "weakest_tier",
-        measured_peak_bytes=profile.peak_bytes,
-        measured_breakdown=profile.breakdown,
-        trainable_parameters=sum(p.numel() for p in sub.parameters() if p.requires_grad),
-        upload_bytes=sum(t.nbytes for t in sub.trained_state().values()),
-        train_flops_per_sample=training_flops(sub),
+        predicted_peak_bytes=predicted.peak_bytes if predicted else None,
+        measured_peak_bytes=measured.peak_bytes if measured else None,
     )
 
 
-def _proof(stage: int, kind: str, config: Config, space: SearchSpace) -> Proof:
-    return Proof.model_validate(
-        {"stage": stage, "kind": kind, **config.model_dump(), "measured_peak_bytes": space.peak(config)}
-    )
-
-
-def _infeasible(tier: Tier, outcome: NoSchedule, space: SearchSpace) -> TierPlan:
-    return TierPlan(
-        name=tier.name,
-        budget_bytes=tier.budget_bytes,
-        share=tier.share,
-        status="infeasible",
-        reason=_reason(outcome, space),
-        smallest_budget_bytes=smallest_budget(space),
-    )
-
-
-def _reason(outcome: NoSchedule, space: SearchSpace) -> str:
-    stage = f"the stage with {outcome.full_depth} full layers" if outcome.full_depth else "the warm-up"
-    return (
-        f"{stage} needs {format_bytes(outcome.floor_bytes, round_up=True)} even with its narrowest head; "
-        f"the smallest budget with a schedule is {format_bytes(smallest_budget(space), round_up=True)}"
+def _shared_stages(binding: TierPlan, rounds_policy: RoundsPolicy) -> tuple[Stage, ...]:
+    weights = [1 if rounds_policy == "equal" else stage.trainable_parameters for stage in binding.stages]
+    return tuple(
+        Stage(
+            full_depth=stage.full_depth,
+            head_scale=stage.head_scale,
+            rounds_fraction=fraction,
+            limited_by=stage.limited_by,
+        )
+        for stage, fraction in zip(binding.stages, rounds_fractions(weights), strict=True)
     )

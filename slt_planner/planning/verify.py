@@ -65,6 +65,6 @@ def verify(
 def _planned(plan: Plan) -> Iterator[tuple[str, int, PeakKind, Config, int, int]]:
     for tier in plan.feasible_tiers:
         for number, stage in enumerate(tier.stages):
-            yield tier.name, number, "stage", stage.config, tier.budget_bytes, stage.measured_peak_bytes
+            yield tier.name, number, "stage", stage.config, tier.budget_bytes, stage.peak_bytes
         for proof in tier.proofs:
-            yield tier.name, proof.stage, proof.kind, proof.config, tier.budget_bytes, proof.measured_peak_bytes
+            yield tier.name, proof.stage, proof.kind, proof.config, tier.budget_bytes, proof.peak_bytes

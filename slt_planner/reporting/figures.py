@@ -234,14 +234,14 @@ def _write_head_scale(axes: Axes, x: float, width: float, units: tuple[int, int]
 
 def _draw_memory(axes: Axes, tier: TierPlan, wide: bool) -> None:
     """Stacked bars, a stage each; a budget far above them is written instead of drawn."""
-    highest = max(stage.measured_peak_bytes for stage in tier.stages)
+    highest = max(stage.peak_bytes for stage in tier.stages)
     in_sight = tier.budget_bytes < 4 * highest
     top = 1.17 * (tier.budget_bytes if in_sight else highest)
     unit, size = next(((u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if top >= 1.5 * n), ("B", 1.0))
     numbers = range(len(tier.stages))
     bottoms = [0.0] * len(tier.stages)
     for category in CATEGORIES:
-        heights = [stage.measured_breakdown.get(category, 0) / size for stage in tier.stages]
+        heights = [stage.breakdown.get(category, 0) / size for stage in tier.stages]
         axes.bar(numbers, heights, 0.82, bottoms, color=CATEGORY_COLOURS[category], linewidth=0.3)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     budget = f"budget {format_bytes(tier.budget_bytes)}"
@@ -253,18 +253,15 @@ def _draw_memory(axes: Axes, tier: TierPlan, wide: bool) -> None:
     side = 0.55 + max(0.0, 3 - len(tier.stages) / 2)  # a single stage is no broad wall
     axes.annotate(budget, (0.1 - side, line), (0, 3), textcoords="offset points", va="bottom", fontsize=9.5)
     axes.set(ylim=(0, top / size), xlim=(-side, max(numbers) + side), xlabel="stage", ylabel=unit)
-    axes.set_title(f"{shorten(tier.name, 20)}: measured peak")
+    measured = all(stage.measured_peak_bytes is not None for stage in tier.stages)
+    axes.set_title(f"{shorten(tier.name, 20)}: {'measured' if measured else 'predicted'} peak")
     axes.set_xticks(numbers[:: -(-len(numbers) // (24 if wide else 14))])
     axes.spines["left"].set_visible(False)
 
 
 def _category_legend(figure: FigureBase, tiers: Sequence[TierPlan]) -> None:
     used = {
-        category
-        for tier in tiers
-        for stage in tier.stages
-        for category, size in stage.measured_breakdown.items()
-        if size > 0
+        category for tier in tiers for stage in tier.stages for category, size in stage.breakdown.items() if size > 0
     }
     handles = [Patch(facecolor=CATEGORY_COLOURS[name], label=name) for name in CATEGORIES if name in used]
     figure.legend(handles=handles, loc="outside upper left", ncols=8, handlelength=1.2, columnspacing=1.3)

@@ -23,6 +23,7 @@ from slt_planner.reporting.terminal import (
     count,
     dataset_titles,
     head_scales,
+    how_known,
     mean,
     metric_title,
     model_title,
@@ -180,18 +181,21 @@ def _plan_page(plan: Plan) -> dict[str, Any]:
             f"{plan.num_classes:,} classes",
         ],
         "ruler": ruler(plan),
+        "how_known": how_known(plan),
         "data_dependent": DATA_DEPENDENT,
         "headlines": [(tier, tier_headline(tier, plan)) for tier in plan.tiers],
         "schedule": _chart("schedule", figures.schedule_figure(plan), what),
-        "memory": [(_memory_chart(number, tier), tier) for number, tier in enumerate(plan.feasible_tiers)],
+        "memory": [
+            (_memory_chart(number, tier, how_known(plan)), tier) for number, tier in enumerate(plan.feasible_tiers)
+        ],
         "settings": _side_by_side([("", _flat(plan.step.model_dump()))]),
         "environment": _side_by_side([("", plan.environment)]),
     }
 
 
-def _memory_chart(number: int, tier: TierPlan) -> Chart:
+def _memory_chart(number: int, tier: TierPlan, how: str) -> Chart:
     caption = (
-        f"{shorten(tier.name, 24)}: measured peak memory of each stage by category; "
+        f"{shorten(tier.name, 24)}: {how} peak memory of each stage by category; "
         f"the dashed line is the budget, {format_bytes(tier.budget_bytes)}"
     )
     return _chart(f"memory-{number}", figures.memory_figure(tier), caption)

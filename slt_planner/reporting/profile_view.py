@@ -10,7 +10,15 @@ from rich.text import Text
 
 from slt_planner.memory.profile import CATEGORIES, MemoryProfile, UnitRow
 from slt_planner.reporting.figures import CATEGORY_COLOURS
-from slt_planner.reporting.terminal import NOTHING, count, optimizer_words, percent, plain_table, shorten
+from slt_planner.reporting.terminal import (
+    NOTHING,
+    batch_words,
+    count,
+    optimizer_words,
+    percent,
+    plain_table,
+    shorten,
+)
 
 _WIDTH = 80
 _BAR_WIDTH = 46
@@ -75,8 +83,9 @@ def profile_title(profile: MemoryProfile) -> str:
 
 def profile_ruler(profile: MemoryProfile) -> str:
     """Where the numbers come from and of which step they are, in one line."""
-    parts = ["allocator ruler", shorten(profile.device), f"batch {profile.batch_size}"]
-    if spec := profile.spec:
+    spec = profile.spec
+    parts = ["allocator ruler", shorten(profile.device), batch_words(spec) if spec else f"batch {profile.batch_size}"]
+    if spec:
         parts += [spec.precision, optimizer_words(spec.optimizer)]
         parts += ["foreach"] if spec.optimizer.foreach else []
         parts += [spec.memory_format] if spec.memory_format != "contiguous" else []
@@ -201,9 +210,15 @@ def _mark(profile: MemoryProfile, unit: int) -> str:
     return "f" if _frozen(profile, unit) else " "
 
 
+def in_pieces(profile: MemoryProfile) -> bool:
+    """The step is of more than one micro-batch."""
+    return profile.spec is not None and len(profile.spec.pieces(profile.spec.batch_size)) > 1
+
+
 def _unit_notes(profile: MemoryProfile) -> list[str]:
+    at_once = "most at once, " if in_pieces(profile) else ""
     notes = [
-        f"Bytes of a batch of {profile.batch_size}; saved: for backward, in the unit that saved them first.",
+        f"Bytes of a batch of {profile.batch_size}; saved: for backward, {at_once}in the unit that saved them first.",
         "madds: forward pass of a sample, a multiply and its add are one; FLOPs: its whole step, they are two. Both "
         "count convolutions and matrix products.",
     ]

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from slt_planner.config import Optimizer
+from slt_planner.config import Optimizer, StepSpec
 from slt_planner.federated.result import RunResult, RunTier
 from slt_planner.planning.plan import Plan, TierPlan, TierStage
 from slt_planner.units import format_bytes
@@ -60,22 +60,27 @@ def model_title(plan: Plan) -> str:
 
 
 def ruler(plan: Plan) -> str:
-    """How memory was measured, in one line."""
-    step = plan.step
-    parts = [
-        "allocator ruler",
-        step.device.upper(),
-        f"batch {plan.batch_size}",
-        step.precision,
-        optimizer_words(step.optimizer),
-    ]
-    if step.memory_format != "contiguous":
-        parts.append(step.memory_format)
-    if step.threads is not None:
-        parts.append(count(step.threads, "thread"))
-    if plan.model.data_dependent:
-        parts.append("made-up targets")
+    """How a plan's memory was measured, in one line."""
+    return step_ruler(plan.spec) + (", made-up targets" if plan.model.data_dependent else "")
+
+
+def step_ruler(spec: StepSpec) -> str:
+    """How a step's memory was measured, in one line."""
+    parts = ["allocator ruler", spec.device.upper(), batch_words(spec), spec.precision, optimizer_words(spec.optimizer)]
+    if spec.memory_format != "contiguous":
+        parts.append(spec.memory_format)
+    if spec.threads is not None:
+        parts.append(count(spec.threads, "thread"))
     return ", ".join(parts)
+
+
+def batch_words(spec: StepSpec) -> str:
+    """The batch of a step and its pieces.
+
+    >>> batch_words(StepSpec(batch_size=32)), batch_words(StepSpec(batch_size=32, micro_batch=8))
+    ('batch 32', 'batch 32 in micro-batches of 8')
+    """
+    return f"batch {spec.batch_size}" + (f" in micro-batches of {spec.micro_batch}" if spec.micro_batch else "")
 
 
 def optimizer_words(optimizer: Optimizer) -> str:
@@ -102,12 +107,18 @@ def tier_headline(tier: TierPlan, plan: Plan) -> str:
     """What a tier can do, in one sentence without its name and status."""
     if tier.status == "infeasible":
         return shorten(tier.reason or "no schedule fits", 400)
-    tightest = max(stage.measured_peak_bytes for stage in tier.stages) / tier.budget_bytes
+    tightest = max(stage.peak_bytes for stage in tier.stages) / tier.budget_bytes
     if tier.status == "full":
         whole = format_bytes(plan.full_network.peak_bytes)
         return f"trains the whole network alone ({whole})"
-    each = "measured" if len(tier.stages) == 1 else "every one measured"
+    how = how_known(plan)
+    each = how if len(tier.stages) == 1 else f"every one {how}"
     return f"{count(len(tier.stages), 'stage')}, {each} within budget, tightest {percent(tightest)}"
+
+
+def how_known(plan: Plan) -> str:
+    """Whether a plan's peaks were measured or predicted, in a word."""
+    return "measured" if plan.verified else "predicted"
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -124,13 +135,14 @@ def plan_table(plan: Plan) -> RenderableType:
         )
     tiers = plan.feasible_tiers
     blocks = [tiers[first : first + TIERS_ABREAST] for first in range(0, len(tiers), TIERS_ABREAST)]
-    note = "Per tier: units frozen, a client's measured peak in MB and in % of the budget."
+    own_head = ", head scale in %" if plan.policy == "per-tier" else ""
+    note = f"Per tier: units frozen{own_head}, a client's {how_known(plan)} peak in MB and in % of the budget."
     return Group(
         headlines,
         Text(""),
         *(part for block in blocks for part in (_stage_table(plan, block), Text(""))),
         Text(note, style="dim"),
-        Text(f"Measured: {ruler(plan)}.", style="dim"),
+        Text(f"{how_known(plan).title()}: {ruler(plan)}.", style="dim"),
         *([Text(DATA_DEPENDENT, style="yellow")] if plan.model.data_dependent else []),
     )
 
@@ -153,12 +165,13 @@ def plain_table(*titles: str) -> Table:
 
 
 def _stage_table(plan: Plan, tiers: Sequence[TierPlan]) -> Table:
-    table = plain_table("\nstage", "rounds\n%", "full\nwidth", "head\n%")
+    own_head = plan.policy == "per-tier"
+    table = plain_table("\nstage", "rounds\n%", "full\nwidth", *([] if own_head else ["head\n%"]))
     table.add_column(Text("limited\nby"), no_wrap=True, min_width=11)
-    tier_width = len(str(plan.model.depth)) + len(" 123.4 100 %")
+    tier_width = len(str(plan.model.depth)) + len(" 123.4 100 %") + (len(" 12.3") if own_head else 0)
     bar_width = min(12, (_WIDTH - _LEFT_COLUMNS_WIDTH) // len(tiers) - tier_width - 3)
     for tier in tiers:
-        title = f"{shorten(tier.name, tier_width)}\nfrozen, peak"
+        title = f"{shorten(tier.name, tier_width)}\nfrozen, {'head, ' if own_head else ''}peak"
         table.add_column(Text(title, justify="right"), justify="right", no_wrap=True)
         if bar_width >= 4:
             table.add_column("")
@@ -167,27 +180,28 @@ def _stage_table(plan: Plan, tiers: Sequence[TierPlan]) -> Table:
             str(number),
             f"{100 * stage.rounds_fraction:.1f}",
             str(stage.full_depth),
-            f"{100 * stage.head_scale:.3g}",
+            *([] if own_head else [f"{100 * stage.head_scale:.3g}"]),
             reason_text(stage.limited_by),
         ]
         for tier in tiers:
             own = tier.stages[number]
-            cells.append(_tier_cell(own, tier, len(str(plan.model.depth))))
+            cells.append(_tier_cell(own, tier, len(str(plan.model.depth)), own_head))
             if bar_width >= 4:
                 cells.append(_budget_bar(own, tier, bar_width))
         table.add_row(*cells)
     return table
 
 
-def _tier_cell(stage: TierStage, tier: TierPlan, depth_digits: int) -> Text:
-    fraction = stage.measured_peak_bytes / tier.budget_bytes
-    text = Text(f" {stage.freeze_depth:>{depth_digits}} {megabytes(stage.measured_peak_bytes):>5} ")
+def _tier_cell(stage: TierStage, tier: TierPlan, depth_digits: int, own_head: bool) -> Text:
+    fraction = stage.peak_bytes / tier.budget_bytes
+    head = f" {100 * stage.head_scale:>4.3g}" if own_head else ""
+    text = Text(f" {stage.freeze_depth:>{depth_digits}}{head} {megabytes(stage.peak_bytes):>5} ")
     text.append(f"{100 * fraction:>3.0f}%", style="yellow" if fraction > 0.95 else "green")
     return text
 
 
 def _budget_bar(stage: TierStage, tier: TierPlan, width: int) -> ProgressBar:
-    return ProgressBar(total=tier.budget_bytes, completed=stage.measured_peak_bytes, width=width, pulse=False)
+    return ProgressBar(total=tier.budget_bytes, completed=stage.peak_bytes, width=width, pulse=False)
 
 
 def megabytes(number: int) -> str:

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from slt_planner.memory.profile import Category, MemoryProfile, TimelinePoint
 from slt_planner.reporting.figures import CATEGORY_COLOURS, INK, MUTED, PAPER, PART_COLOURS, WIDTH_IN, styled
-from slt_planner.reporting.profile_view import fine_bytes, peak_place, profile_ruler, profile_title
+from slt_planner.reporting.profile_view import fine_bytes, in_pieces, peak_place, profile_ruler, profile_title
 
 # In a picture over time what hardly changes lies at the bottom.
 _STACK: tuple[Category, ...] = (
@@ -135,12 +135,15 @@ def _phases(timeline: Sequence[TimelinePoint]) -> list[int]:
 
 def _draw_phases(axes: Axes, profile: MemoryProfile, times: Sequence[float], named: bool) -> None:
     begins = [times[number + 1] for number in _phases(profile.timeline)]
+    names = ["forward", "backward", "optimizer"]
+    if in_pieces(profile):
+        begins, names = begins[1:], ["forward and backward, one micro-batch after another", "optimizer"]
     for begin in begins:
         axes.axvline(begin, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     if not named or not begins:
         return
     spans = pairwise([0.0, *begins, times[-1]])
-    for name, (begin, end) in zip(("forward", "backward", "optimizer"), spans, strict=False):
+    for name, (begin, end) in zip(names, spans, strict=False):
         wide = end - begin > 0.08 * times[-1]
         x, side = ((begin + end) / 2, "center") if wide else (end, "right")
         axes.text(x, 1.03, name, ha=side, va="bottom", color=MUTED, transform=axes.get_xaxis_transform())

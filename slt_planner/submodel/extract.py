@@ -103,10 +103,14 @@ class SubModel(nn.Module):
             (n.name for n in nodes if any(leaf is dtype for leaf in pytree.tree_leaves((n.args, n.kwargs)))), ""
         )
 
+    def held_state(self) -> dict[str, Tensor]:
+        """What a client is sent: every parameter and stored buffer once, by fqn; views, not copies."""
+        first_name = self.extraction.graph.first_name
+        return {n: v for n, v in self.state_dict().items() if first_name(n) == n}
+
     def trained_state(self) -> dict[str, Tensor]:
         """What a client sends back: trained parameters, and buffers beside them, by fqn; views, not copies."""
-        frozen, graph = self.extraction.frozen, self.extraction.graph
-        return {n: v for n, v in self.state_dict().items() if n not in frozen and graph.first_name(n) == n}
+        return {n: v for n, v in self.held_state().items() if n not in self.extraction.frozen}
 
 
 class _Around:

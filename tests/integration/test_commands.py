@@ -84,7 +84,7 @@ def test_json_goes_to_stdout_alone(command, tmp_path):
         (["resnet20", "--budgets", "1MB", "--optimizer", "lion"], 2, "--optimizer lion: "),
         (["resnet20", "--budgets", "1MB", "--weight-decay", "-1"], 2, "--weight-decay -1.0: "),
         (["resnet20", "--budgets", "1MB", "--device", "tpu"], 2, "--device tpu: "),
-        (["resnet20", "--budgets", "1MB", "--policy", "best"], 2, "unknown policy 'best'"),
+        (["resnet20", "--budgets", "1MB", "--policy", "best"], 2, "--policy 'best': known are coupled, per-tier"),
         (["resnet20", "--budgets", "1MB", "--input-shape", "3,x"], 2, "--input-shape '3,x': give positive whole"),
         (["resnet20", "--budgets", "1MB", "--input-shape", "1,32,32"], 2, "does not take inputs of 1x32x32"),
         (["resnet20", "--budgets", "1MB", "--report", "x.pdf"], 2, "must end in .html"),
@@ -97,7 +97,7 @@ def test_json_goes_to_stdout_alone(command, tmp_path):
         (["resnet20", "--budgets", "1MB", "--weight-decay", "inf"], 2, "--weight-decay inf: "),
         (["resnet20", "--budgets", "1MB", "--input-shape", ""], 2, "--input-shape '': give positive whole"),
         (["raft_small", "--budgets", "1MB"], 2, "optical flow networks cannot be planned; raft_small is one"),
-        (["resnet20", "--budgets", "1MB", "--batch-size", "4"], 3, "1MB: the stage with 1 full layers needs"),
+        (["resnet20", "--budgets", "1MB", "--batch-size", "4"], 3, "1MB: stage 1 needs"),
     ],
 )
 def test_slt_plan_refuses_in_one_line(command, tmp_path, words, code, message):

@@ -47,6 +47,15 @@ def test_a_step_is_measured_and_predicted_and_kept(command, tmp_path):
     assert all(len(line) <= 80 for line in lines[:-1])
 
 
+def test_micro_batches_are_named_with_the_batch(command, tmp_path):
+    done = command("slt", "profile", "convnet", *STEP, "--micro-batch", "2")
+    assert done.code == 0, done.err
+    assert load_profile(tmp_path / "profiles" / "convnet-0-0-1-b4.json").spec.micro_batch == 2
+    assert "batch 4 in micro-batches of 2, fp32" in done.out
+    refused = command("slt", "profile", "convnet", *STEP, "--micro-batch", "5", "--force")
+    assert (refused.code, refused.err) == (2, "slt: error: micro-batches of 5 in a batch of 4: use at most that\n")
+
+
 def test_nothing_is_overwritten_unless_forced_and_that_is_said_at_once(command, tmp_path):
     (tmp_path / "profile.png").write_text("mine")
     words = ("slt", "profile", "resnet20", *STEP, "--no-measure", "--out", "profile.json")
@@ -71,6 +80,21 @@ def test_a_prediction_needs_no_step(command, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"p.json", "q.png"}
     saved = json.loads((tmp_path / "p.json").read_text())
     assert (saved["source"], saved["model"], saved["exact"]) == ("PREDICTED", "resnet20", True)
+
+
+def test_units_can_be_whole_blocks(command, tmp_path):
+    words = ("slt", "profile", "resnet20", *STEP, "--config", "3,4,0.5", "--granularity")
+    done = command(*words, "block", "--process")
+    assert done.code == 0, done.err
+    profile = load_profile(tmp_path / "profiles" / "resnet20-block-3-4-0.5-b4.json")
+    residuals = [f"group{group}.{i}" for group in (1, 2, 3) for i in range(3)]
+    assert [unit.name for unit in profile.units] == ["conv", *residuals, "classifier"]
+    assert [unit.gradients_bytes > 0 for unit in profile.units] == [False] * 3 + [True] * 8
+    assert profile.process.peak_bytes > profile.process.before_bytes
+    beyond = command(*words[:5], "--config", "10,11,0.5", "--granularity", "block")
+    assert "beyond the network's 10 units" in beyond.err
+    refused = command(*words, "stage")
+    assert (refused.code, refused.err) == (2, "slt: error: --granularity 'stage': known are layer, block\n")
 
 
 def test_a_saved_prediction_can_be_read_back(command, tmp_path):

@@ -27,6 +27,8 @@ FREE_OF_TORCH = [
     "errors",
     "files",
     "planning.plan",
+    "planning.tiers",
+    "planning.costs",
     "federated.result",
     "reporting.report",
     "cli.main",

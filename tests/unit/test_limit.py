@@ -23,6 +23,7 @@ CASES = [
     ("vit_cifar", slt.Config(freeze_depth=2, full_depth=3, head_scale=0.5), slt.StepSpec(batch_size=2)),
     ("scaled", slt.Config(freeze_depth=0, full_depth=1, head_scale=0.5), slt.StepSpec(batch_size=2, optimizer="adamw")),
     ("densenet40", slt.Config(freeze_depth=9, full_depth=10, head_scale=0.5), slt.StepSpec(batch_size=2)),
+    ("resnet20", slt.Config.full_network(), slt.StepSpec(batch_size=8, micro_batch=3)),
 ]
 
 

@@ -21,6 +21,7 @@ class Problem:
     """A made-up network: its peak grows with the head, and with what is trained at full width.
 
     s = 1.0 may need less than the notch below (no cut), and some full_depths more than their neighbours (holes).
+    Kernels' scratch memory comes and goes with shapes, so that a wider head can fit where a narrower one does not.
     """
 
     depth: int
@@ -30,6 +31,7 @@ class Problem:
     cut_cost: int
     bump: list[int]
     budget: int
+    scratch: list[int]
     asked: set[Config] = field(default_factory=set)
 
     def scales(self, full_depth):
@@ -37,18 +39,27 @@ class Problem:
 
     def peak(self, config):
         self.asked.add(config)
+        shape = (config.freeze_depth, config.full_depth, round(config.head_scale * self.notches))
+        return self.at_least(config) + self.scratch[sum(shape) % len(self.scratch)]
+
+    def at_least(self, config):
+        """The peak without scratch memory; with what it asks for noted as an answer, where it decides."""
         f, t, s = config.freeze_depth, config.full_depth, config.head_scale
         if s == 1.0:
-            return sum(self.frozen_cost[:f]) + sum(self.trained_cost[f:])
-        scaled = int(s * sum(self.trained_cost[t:]))
-        return sum(self.frozen_cost[:f]) + sum(self.trained_cost[f:t]) + scaled + self.cut_cost + self.bump[t]
+            needed = sum(self.frozen_cost[:f]) + sum(self.trained_cost[f:])
+        else:
+            scaled = int(s * sum(self.trained_cost[t:]))
+            needed = sum(self.frozen_cost[:f]) + sum(self.trained_cost[f:t]) + scaled + self.cut_cost + self.bump[t]
+        if needed > self.budget:
+            self.asked.add(config)
+        return needed
 
     def space(self):
-        return SearchSpace(self.depth, self.scales, self.peak)
+        return SearchSpace(self.depth, self.scales, self.peak, self.at_least)
 
 
 @st.composite
-def problems(draw):
+def problems(draw, kernels=True):
     depth = draw(st.integers(1, 6))
     costs = st.lists(st.integers(1, 40), min_size=depth, max_size=depth)
     trained = draw(costs)
@@ -60,6 +71,7 @@ def problems(draw):
         cut_cost=draw(st.integers(0, 30)),
         bump=draw(st.lists(st.sampled_from([0, 0, 25]), min_size=depth + 1, max_size=depth + 1)),
         budget=draw(st.integers(1, 260)),
+        scratch=draw(st.lists(st.sampled_from([0, 0, 3, 20]), min_size=1, max_size=7)) if kernels else [0],
     )
 
 
@@ -86,11 +98,17 @@ def brute_schedule(problem):
         largest.append(scale)
         if scale == 1.0 and full_depth > 0:
             break
-    stages = []
-    for full_depth in range(1, len(largest)):
-        scale = min(largest[full_depth:])
-        stages.append((problem.depth if scale == 1.0 else full_depth, scale))
-    return [(0, min(largest[0], stages[0][1])), *stages]
+    stages = [(problem.depth, 1.0)]
+    for full_depth in reversed(range(len(largest) - 1)):
+        fitting = [
+            s
+            for s in problem.scales(full_depth)
+            if s <= stages[0][1] and fits(problem, max(0, full_depth - 1), full_depth, s)
+        ]
+        if not fitting:
+            return full_depth
+        stages.insert(0, (full_depth, max(fitting)))
+    return stages
 
 
 @given(problems())
@@ -101,7 +119,7 @@ def test_the_schedule_is_the_one_that_brute_force_finds(problem):
     if isinstance(expected, int):
         assert isinstance(found, NoSchedule)
         assert found.full_depth == expected
-        assert found.floor_bytes > problem.budget
+        assert problem.peak(found.floor) > problem.budget
     else:
         assert not isinstance(found, NoSchedule)
         assert [(stage.full_depth, stage.head_scale) for stage in found] == expected
@@ -142,9 +160,9 @@ def test_more_budget_never_gives_a_smaller_head(problem):
         assert less is None or (more is not None and more >= less)
 
 
-@given(problems())
+@given(problems(kernels=False))
 @settings(max_examples=200, deadline=None)
 def test_the_smallest_budget_schedules_and_one_byte_less_does_not(problem):
-    smallest = smallest_budget(problem.space())
+    smallest = problem.peak(smallest_budget(problem.space()))
     assert not isinstance(find_schedule(problem.space(), smallest), NoSchedule)
     assert isinstance(find_schedule(problem.space(), smallest - 1), NoSchedule)

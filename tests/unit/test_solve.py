@@ -189,6 +189,8 @@ def test_what_a_stage_costs_is_what_counting_by_hand_says():
         counted.append(sum(units[f:]) + c * 3 + 3)
         assert stage.trainable_parameters == counted[-1]
         assert stage.upload_bytes == 4 * counted[-1]
+        assert stage.download_bytes == 4 * (sum(units) + c * 3 + 3)
+        assert stage.frozen_bytes == 4 * sum(units[:f])
     assert [stage.rounds_fraction for stage in plan.stages] == pytest.approx([n / sum(counted) for n in counted])
     assert plan.stages[0].limited_by in ("later_stage", "budget")
     assert plan.stages[-1].limited_by == "full"

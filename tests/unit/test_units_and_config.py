@@ -29,6 +29,7 @@ def test_an_amount_is_its_number_times_its_unit(number, unit):
         ("99999999GB", "out of range"),
         ("much", "not an amount"),
         ("", "not an amount"),
+        ("9" * 5000 + "MB", "not an amount"),
         ("64XB", "unknown unit 'XB'; known units are"),
     ],
 )
@@ -95,6 +96,9 @@ def test_what_is_rounded_up_is_enough(number):
         "units",
         "config",
         "planning.rounds",
+        "planning.tiers",
+        "planning.costs",
+        "graph.blocks",
         "graph.widths",
         "graph.trace",
         "submodel.extract",

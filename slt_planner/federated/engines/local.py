@@ -56,7 +56,7 @@ def run_clients(
     for assignment in cohort:
         began = time.perf_counter()
         model = as_trained(extract(graph, state.weights, assignment.config, norms), training.step)
-        log.bytes_down += sum(tensor.nbytes for tensor in model.state_dict().values())
+        log.bytes_down += sum(tensor.nbytes for tensor in model.held_state().values())
         own_seed = client_seed(seed, state.round + 1, assignment.client)
         budget = assignment.budget_bytes if training.enforce else None
         loss = train_client(model, dataset, assignment.indices, training, own_seed, budget)

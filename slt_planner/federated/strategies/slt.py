@@ -18,7 +18,7 @@ class SuccessiveLayerTraining:
 
     def __init__(self, plan: Plan, rounds: int) -> None:
         self._stages = {tier.name: tuple(stage.config for stage in tier.stages) for tier in plan.tiers}
-        self._binding = plan.binding_tier.name
+        self._stages_taking_part = [self._stages[tier.name] for tier in plan.feasible_tiers]
         self._last_rounds = list(accumulate(deal_rounds(rounds, [s.rounds_fraction for s in plan.stages])))
 
     def tier_configs(self, tier: str) -> tuple[Config, ...]:
@@ -34,5 +34,6 @@ class SuccessiveLayerTraining:
         return self._stages[tier][self.stage(state)]
 
     def evaluation_config(self, state: ServerState) -> Config:
-        """All tiers share full_depth and head_scale, so they all evaluate the same network."""
-        return self._stages[self._binding][self.stage(state)]
+        """The widest that is trained in this stage; where tiers share a head scale it is the same for all."""
+        stage = self.stage(state)
+        return max((configs[stage] for configs in self._stages_taking_part), key=lambda config: config.head_scale)

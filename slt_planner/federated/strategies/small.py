@@ -4,9 +4,9 @@ from slt_planner.config import Config
 from slt_planner.errors import InfeasibleError
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.graph.trace import ModelGraph
+from slt_planner.planning.bench import Bench
 from slt_planner.planning.plan import Plan
 from slt_planner.planning.search import largest_scale
-from slt_planner.planning.solve import MeasuringBench
 from slt_planner.units import format_bytes
 
 
@@ -21,11 +21,11 @@ class SmallNetwork:
     """
 
     def __init__(self, plan: Plan, graph: ModelGraph) -> None:
-        space = MeasuringBench(graph, plan.spec).space()
         weakest = min(plan.tiers, key=lambda tier: tier.budget_bytes)
-        scale = largest_scale(space, 0, weakest.budget_bytes)
+        with Bench(graph, plan.spec) as bench:
+            scale = _widest(bench, weakest.budget_bytes)
+            floor = format_bytes(bench.peak(bench.space().narrowest(0)))
         if scale is None:
-            floor = format_bytes(space.floor(0))
             raise InfeasibleError(
                 f"small: the narrowest network needs {floor}, over the {weakest.name} of the weakest tier"
             )
@@ -46,3 +46,14 @@ class SmallNetwork:
     def evaluation_config(self, state: ServerState) -> Config:
         """The one network there is."""
         return self._config
+
+
+def _widest(bench: Bench, budget: int) -> float | None:
+    """The largest scale whose step was measured to fit, the next one being over."""
+    space = bench.space()
+    while True:
+        scale = largest_scale(space, 0, budget)
+        wider = next((s for s in space.scales(0) if scale is None or s > scale), None)
+        claimed = [space.deepest_frozen(0, s) for s in (scale, wider) if s is not None]
+        if not bench.measure_all(claimed):
+            return scale
