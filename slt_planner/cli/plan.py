@@ -10,13 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from slt_planner.cli.common import chosen, command_line, consoles, numbers, traced_network, validated
 from slt_planner.config import Granularity, StepSpec, Tier, equal_tiers
-from slt_planner.errors import InputError
+from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.files import check_writable, refuse_existing
+from slt_planner.planning.levers import WhatIf
 from slt_planner.planning.plan import Plan, Policy, RoundsPolicy
 from slt_planner.planning.tiers import load_tiers
 from slt_planner.reporting.html import report_paths
 from slt_planner.reporting.report import report as write_report
 from slt_planner.reporting.terminal import count, plan_table, shorten
+from slt_planner.reporting.what_if_view import what_if_table
 
 if TYPE_CHECKING:
     from slt_planner.graph.trace import ModelGraph
@@ -65,6 +67,9 @@ def plan(
     trade_off: Annotated[
         bool, typer.Option(" /--no-trade-off", help="Leave out the map of what freezing and narrowing buy.")
     ] = True,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Also measure what cheaper levers would do: can a tier train it whole?")
+    ] = False,
     granularity: Annotated[
         str, typer.Option(help="What a stage moves on by: a layer, or a block (up to where one tensor leads on).")
     ] = "layer",
@@ -108,12 +113,21 @@ def plan(
         map_trade_off=trade_off,
     )
     graph = traced_network(model, shape, num_classes, chosen(granularity, "--granularity", get_args(Granularity)))
-    solved = _solve(model, graph, own_tiers, spec, how, progress_console)
+    try:
+        solved = _solve(model, graph, own_tiers, spec, how, progress_console)
+    except InfeasibleError:
+        if what_if:
+            console.print(what_if_table(_levers(graph, spec, own_tiers, progress_console)))
+        raise
+    if what_if:
+        solved = solved.model_copy(update={"what_if": _levers(graph, spec, own_tiers, progress_console)})
     solved.save(out, force=force)
     write_report(solved, report, force=force, command=command_line())
     if json_output:
         print(solved.model_dump_json(indent=2))
     console.print(plan_table(solved))
+    if solved.what_if is not None:
+        console.print("", what_if_table(solved.what_if), sep="\n")
     console.print(f"Written: {', '.join(map(str, targets))}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -123,6 +137,13 @@ def _tiers(budgets: str | None, file: Path | None, select: str | None) -> tuple[
     if budgets is None and file is not None:
         return load_tiers(file, select)
     raise InputError("give either --budgets, such as 64,128,256MB, or --tiers FILE, with --select NAMES if you like")
+
+
+def _levers(graph: "ModelGraph", spec: StepSpec, tiers: tuple[Tier, ...], console: Console) -> WhatIf:
+    from slt_planner.planning.what_if import what_if
+
+    with console.status("measuring what cheaper levers would do") as status:
+        return what_if(graph, spec, tiers, lambda doing: status.update(f"what if: {doing}"))
 
 
 class _How(TypedDict):

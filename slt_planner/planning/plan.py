@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from slt_planner.config import MAX_BATCH, Config, DeviceFigures, Granularity, Record, StepSettings, StepSpec
 from slt_planner.files import read_record, write_text
 from slt_planner.memory.profile import Category, MemoryProfile
+from slt_planner.planning.levers import WhatIf
 from slt_planner.units import LARGEST_BYTES
 
 LimitedBy = Literal["budget", "later_stage", "weakest_tier", "full"]
@@ -193,6 +194,7 @@ class Plan(Record):
     stages: tuple[Stage, ...] = Field(min_length=1)
     tiers: tuple[TierPlan, ...] = Field(min_length=1)
     trade_off: TradeOff | None = None
+    what_if: WhatIf | None = None
 
     @model_validator(mode="after")
     def _tiers_hold_together(self) -> "Plan":

@@ -20,12 +20,13 @@ BELOW = {
     "federated": {"graph", "models", "submodel", "memory", "planning", "data"},
     "cli": {"graph", "models", "submodel", "memory", "planning", "federated", "data", "reporting"},
 }
-RECORDS = {"planning.plan", "planning.verification", "memory.profile", "federated.result"}
+RECORDS = {"planning.levers", "planning.plan", "planning.verification", "memory.profile", "federated.result"}
 FREE_OF_TORCH = [
     "config",
     "units",
     "errors",
     "files",
+    "planning.levers",
     "planning.plan",
     "planning.tiers",
     "planning.costs",
