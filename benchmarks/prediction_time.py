@@ -11,7 +11,6 @@ beside the bytes of the network's weights. The limit's cost is a ratio of step t
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ def predictions(name: str, batch: int) -> dict[str, object]:
     import torch
 
     import slt_planner as slt
+    from slt_planner.memory.process import peak_resident_bytes
     from slt_planner.models.registry import find_model
 
     graph, trace_s = timed(lambda: traced(name))
@@ -37,11 +37,11 @@ def predictions(name: str, batch: int) -> dict[str, object]:
     )  # torch's imports on first use
     spec, rng = slt.StepSpec(batch_size=batch), random.Random(1)
     configs = [some_config(graph, rng) for _ in range(4)]
-    before = peak_bytes()
+    before = peak_resident_bytes()
     _, first_s = timed(lambda: slt.predict(graph, configs[0], spec, details=False))
-    predicted = peak_bytes()
+    predicted = peak_resident_bytes()
     calibration = slt.calibrate(graph, configs, spec)
-    calibrated = peak_bytes()
+    calibrated = peak_resident_bytes()
     same_s = [timed(lambda: slt.predict(graph, configs[0], spec, details=False))[1] for _ in range(9)]
     detailed_s = [timed(lambda: slt.predict(graph, configs[0], spec))[1] for _ in range(5)]
     other = subprocess.run(
@@ -141,10 +141,6 @@ def timed(work: Callable):
     began = time.perf_counter()
     result = work()
     return result, time.perf_counter() - began
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ process's own peak memory grew, beside the bytes that its weights would take. Ru
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -20,10 +19,11 @@ def traced(name: str) -> dict[str, object]:
     import torch
 
     from slt_planner.graph.trace import trace
+    from slt_planner.memory.process import peak_resident_bytes
     from slt_planner.models.registry import find_model, load_model
 
     trace(load_model("resnet20", weights=False), (3, 32, 32))  # what torch imports on first use is not a network's own
-    before = _peak_bytes()
+    before = peak_resident_bytes()
     began = time.perf_counter()
     model = load_model(name, weights=False)
     built = time.perf_counter()
@@ -35,14 +35,10 @@ def traced(name: str) -> dict[str, object]:
         "weights_bytes": sum(p.nbytes for p in graph.skeleton.parameters()),
         "build_s": round(built - began, 2),
         "trace_s": round(time.perf_counter() - built, 2),
-        "process_peak_growth_bytes": _peak_bytes() - before,
+        "process_peak_growth_bytes": peak_resident_bytes() - before,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

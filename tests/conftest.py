@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -9,3 +10,12 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """While the tests of a module run, kernels take one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

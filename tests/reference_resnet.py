@@ -37,6 +37,13 @@ class HandCutResNet(nn.Module):
                 incoming, layer = out, layer + 2
         self.last = nn.Linear(incoming, classes)
 
+    @classmethod
+    def of_resnet20(cls, model: nn.Module, freeze_depth: int, full_depth: int, head_scale: float) -> "HandCutResNet":
+        """That of a resnet20 with its weights."""
+        network = cls(3, full_depth, head_scale)
+        network.load_from(model, freeze_depth)
+        return network
+
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.first_norm(self.first(x)))
         for row in self.rows:

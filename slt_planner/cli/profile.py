@@ -17,8 +17,9 @@ from slt_planner.errors import InputError, UnsupportedLayerError, first_invalid
 from slt_planner.files import check_writable, refuse_existing, write_bytes
 from slt_planner.memory.profile import MemoryProfile, load_profile
 from slt_planner.reporting.figures import png_bytes
-from slt_planner.reporting.profile_view import comparison_view, prediction_sentence, profile_view, timeline_figure
+from slt_planner.reporting.profile_view import comparison_view, prediction_sentence, profile_view
 from slt_planner.reporting.terminal import DATA_DEPENDENT
+from slt_planner.reporting.timeline_figure import timeline_figure
 
 if TYPE_CHECKING:
     from slt_planner.graph.trace import ModelGraph

@@ -15,7 +15,7 @@ from slt_planner.environment import environment
 from slt_planner.errors import InputError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.memory import cuda, recording
-from slt_planner.memory.attribution import Attribution, unit_rows
+from slt_planner.memory.attribution import Attribution, storage_bytes, unit_rows
 from slt_planner.memory.numbers import NUMBER_BYTES, SAVING
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile
 from slt_planner.memory.recording import NO_SPAN, Allocation, Event, Mark, SpanEnd
@@ -133,7 +133,7 @@ class _RecordedStep:
 
     def __init__(self, step: SteadyStep, details: bool) -> None:
         self.step = step
-        self.resident = {category: sum(_storages(tensors).values()) for category, tensors in step.tensors().items()}
+        self.resident = {category: storage_bytes(tensors) for category, tensors in step.tensors().items()}
         self.unaccounted = 0
         self.known: dict[Category, set[int]] = {}
         self.peaks: cuda.AllocatorBytes | None = None
@@ -147,11 +147,11 @@ class _RecordedStep:
             self.step.run(lambda tensors: None)
         self.step.prepare()
         self.attribution.begin(self.step.module, self.step.optimizer)
-        old_gradients = set(_storages(self.step.tensors()["gradients"]))
+        old_gradients = _addresses(self.step.tensors()["gradients"])
 
         def remember(tensors: Mapping[Category, list[Tensor]]) -> None:
             recording.mark("end")
-            self.known = {category: set(_storages(own)) for category, own in tensors.items()}
+            self.known = {category: _addresses(own) for category, own in tensors.items()}
             self.known["gradients"] |= old_gradients
 
         def steady() -> None:
@@ -299,6 +299,6 @@ def _blocks(events: Sequence[Event]) -> dict[int, _Block]:
     return blocks
 
 
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of each storage by its address; views of one storage count once."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    """Where the storages of tensors lie in memory."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}

@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -29,6 +30,7 @@ from slt_planner.memory.corrections import corrected
 from slt_planner.memory.hollow import Hollow, TensorSpec
 
 _Key: TypeAlias = tuple[Any, ...]
+_Kind = TypeVar("_Kind")
 
 NO_OPERATORS = (
     torch.ops.profiler._record_function_enter_new.default,
@@ -78,7 +80,7 @@ class Operator:
 
     def real_call(self) -> Callable[[], Any]:
         """The call for real, on zeros, which are allocated here."""
-        args, kwargs = pytree.tree_map_only(TensorSpec, TensorSpec.zeros, (self.args, self.kwargs))
+        args, kwargs = _mapped((self.args, self.kwargs), TensorSpec, TensorSpec.zeros)
         return lambda: self.function(*args, **kwargs)
 
     def other_layout(self, outputs: Any) -> known.Layout | None:
@@ -202,12 +204,12 @@ def _key(value: Any) -> Any:
 
 
 def _learn(function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operator:
-    args, kwargs = pytree.tree_map_only(Tensor, TensorSpec.of, (tuple(args), dict(kwargs)))
+    args, kwargs = _mapped((args, kwargs), Tensor, TensorSpec.of)
     specs = list(_specs_in(args, kwargs))
     signature = f"{function}({_told(args, kwargs, 'float' if _takes_tensors(function) else None)})"
     taken, given = _tried(function, args, kwargs)
     leaves, structure = pytree.tree_flatten(given)
-    outputs, new_storages = _described(leaves, taken)
+    outputs, new_storages = _described(leaves, taken, specs)
     return Operator(
         name=function._schema.name,
         signature=signature,
@@ -215,7 +217,7 @@ def _learn(function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any])
         args=args,
         kwargs=kwargs,
         new_bytes=sum(new_storages),
-        changes_shapes=[TensorSpec.of(tensor) for tensor in taken] != specs,
+        changes_shapes=any((t.shape, t.stride()) != (s.shape, s.stride) for t, s in zip(taken, specs, strict=False)),
         _new_storages=new_storages,
         _outputs=_as_known(signature, specs, outputs),
         _structure=structure,
@@ -223,25 +225,35 @@ def _learn(function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _tried(function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
-    """A call on fake tensors: those that it takes, and what it gives."""
-    args, kwargs = pytree.tree_map_only(TensorSpec, _fake, (args, kwargs))
-    taken = list(tensors_in(args, kwargs))
+    """A call without values: stand-ins for the tensors that it takes (the first, if nothing need be tried), outputs."""
     if _changes_its_first_in_place(function):
-        return taken, taken[0]
+        first = _meta(next(_specs_in(args, kwargs)))
+        return [first], first
+    views = _gives_views(function)
+    args, kwargs = _mapped((args, kwargs), TensorSpec, _meta if views else _fake)
+    taken = list(tensors_in(args, kwargs))
+    if views:  # on every device by the same code, in which fake tensors would only take longer
+        return taken, function(*args, **kwargs)
     with _fake_mode():
         return taken, corrected(function, args, function(*args, **kwargs))
 
 
+def _meta(spec: TensorSpec) -> Tensor:
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
+
+
 def _fake(spec: TensorSpec) -> FakeTensor:
-    empty = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
-    return FakeTensor(_fake_mode(), empty, spec.device)
+    return FakeTensor(_fake_mode(), _meta(spec), spec.device)
 
 
 @cache
 def _fake_mode() -> FakeTensorMode:
-    return FakeTensorMode()
+    mode = FakeTensorMode()
+    mode.cache_enabled = False  # what is asked here is new, and to look it up takes a third of the time
+    return mode
 
 
+@cache
 def _changes_its_first_in_place(function: OpOverload) -> bool:
     """The call writes to its first argument, whose shape stays, and gives it back; nothing need be tried."""
     first, returns = function._schema.arguments[:1], function._schema.returns
@@ -249,8 +261,16 @@ def _changes_its_first_in_place(function: OpOverload) -> bool:
     return written == [True, True] and torch.Tag.inplace_view not in function.tags
 
 
-def _described(outputs: Sequence[Any], taken: Sequence[Tensor]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """What a call gives for the tensors that it takes, and the bytes of each new storage."""
+@cache
+def _gives_views(function: OpOverload) -> bool:
+    """The call gives nothing but views; one that is made of others, such as reshape, may copy."""
+    return function.is_view and not function.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+
+
+def _described(
+    outputs: Sequence[Any], taken: Sequence[Tensor], specs: Sequence[TensorSpec]
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """What a call gives for stand-ins of tensors like these, and the bytes of each new storage."""
     sources = {tensor.untyped_storage()._cdata: number for number, tensor in reversed(list(enumerate(taken)))}
     new: dict[int, int] = {}  # bytes by address
 
@@ -262,8 +282,9 @@ def _described(outputs: Sequence[Any], taken: Sequence[Tensor]) -> tuple[tuple[A
         source = sources.get(storage._cdata) if itself is None else itself
         if source is None:
             new.setdefault(storage._cdata, storage.nbytes())
+        spec = TensorSpec.of(leaf)
         return _Output(
-            spec=TensorSpec.of(leaf),
+            spec=spec if source is None else replace(spec, device=specs[source].device),
             offset=int(leaf.storage_offset()),
             argument=source,
             new=list(new).index(storage._cdata) if source is None else -1,
@@ -285,17 +306,30 @@ def _as_known(signature: str, specs: Sequence[TensorSpec], outputs: tuple[Any, .
     )
 
 
-def _specs_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[TensorSpec]:
-    return (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, TensorSpec))
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Arguments with each value of a kind changed, those in lists and dicts too."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return [_mapped(entry, kind, change) for entry in value]
+    return {name: _mapped(own, kind, change) for name, own in value.items()} if isinstance(value, dict) else value
 
 
 def tensors_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """The tensors of a call, those in lists too, in order."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
+    return _all_in((*args, *kwargs.values()), Tensor)
+
+
+def _specs_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[TensorSpec]:
+    return _all_in((*args, *kwargs.values()), TensorSpec)
+
+
+def _all_in(values: Sequence[Any], kind: type[_Kind]) -> Iterator[_Kind]:
+    for value in values:
+        if isinstance(value, kind):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value, {})
+            yield from _all_in(value, kind)
 
 
 def _told(args: Any, kwargs: Mapping[str, Any], real_numbers: str | None) -> str:

@@ -70,22 +70,35 @@ def _answer(request: _Request) -> ProcessMemory:
 
     network = load_model(request.model, request.num_classes, request.input_shape, weights=False)
     graph = trace(network, request.input_shape, granularity=request.granularity)
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes()
     with threads(request.spec):
         module = as_trained(extract(graph, None, request.config, request.spec.norms), request.spec)
         step = SteadyStep(module, request.spec, graph.input_shape, graph.num_classes, graph.adapter)
         step.prepare()
         step.run(lambda tensors: None)
-    return ProcessMemory(before_bytes=before, peak_bytes=_resident_bytes("VmHWM"))
+    return ProcessMemory(before_bytes=before, peak_bytes=peak_resident_bytes())
+
+
+def resident_bytes() -> int:
+    """What this process keeps resident now; where there is no /proc, the most that it has.
+
+    >>> 0 < resident_bytes() <= peak_resident_bytes()
+    True
+    """
+    return _resident_bytes("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has kept resident so far."""
+    return _resident_bytes("VmHWM")
 
 
 def _resident_bytes(which: str) -> int:
-    """Of this process: now (VmRSS) or at most (VmHWM); without /proc, at most."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith(which))
         return int(line.split()[1]) * 1024
-    import resource  # not on every system
+    import resource  # not on every system; what it says is at least what the process that started this one had
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

@@ -1,5 +1,7 @@
 """The promise on the main example: a plan that says it fits, fits; one notch more would not."""
 
+from functools import partial
+
 import pytest
 
 from slt_planner.config import Config, StepSpec, Tier
@@ -19,12 +21,8 @@ def independent_peak(batch):
     peaks = {}
 
     def peak(config):
-        def by_hand():
-            network = HandCutResNet(3, config.full_depth, config.head_scale)
-            network.load_from(MODEL, config.freeze_depth)
-            return network
-
         if config not in peaks:
+            by_hand = partial(HandCutResNet.of_resnet20, MODEL, **config.model_dump())
             peaks[config] = plain_peak(by_hand, batch, steps=2)
         return peaks[config]
 

@@ -10,12 +10,16 @@ import pytest
 from slt_planner.reporting.html import plan_report, run_report
 from tests.unit.sample_records import sample_plan, sample_run
 
-pytestmark = pytest.mark.browser
-
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _CHROMIUM = next((path for name in _NAMES if (path := shutil.which(name))), None) or (
     "/usr/bin/chromium" if Path("/usr/bin/chromium").exists() else None
 )
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        _CHROMIUM is None, reason="no Chromium on this machine; install the system package to run the browser tests"
+    ),
+]
 _ARGUMENTS = [
     "--headless",
     "--no-sandbox",
@@ -29,8 +33,6 @@ _ARGUMENTS = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if _CHROMIUM is None:
-        pytest.skip("no Chromium on this machine; install the system package to run the browser tests")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=_CHROMIUM, args=_ARGUMENTS)

@@ -1,6 +1,7 @@
 import io
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +13,7 @@ from sklearn.datasets import load_digits
 
 from slt_planner.data.datasets import load_dataset, normalise
 from slt_planner.errors import InputError
-
-SHAPE = (3, 4, 6)  # height and width differ, so that a mix-up shows
-
-
-def random_pixels(count, height=4, width=6, channels=3, seed=0):
-    """(count, height, width, channels), as image files are laid out."""
-    return np.random.default_rng(seed).integers(256, size=(count, height, width, channels), dtype=np.uint8)
+from tests.unit.tiny_images import SHAPE, as_tensor, assert_load_refused, random_pixels
 
 
 def code(pixels, form="PNG"):
@@ -55,8 +50,7 @@ def load(folder, shape=SHAPE, num_classes=3):
     return load_dataset(f"parquet:{folder}", shape, num_classes)
 
 
-def as_tensor(pixels):
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+assert_refused = partial(assert_load_refused, load)
 
 
 # digits
@@ -214,16 +208,6 @@ def test_unknown_names_are_refused_with_the_known_ones(name):
     with pytest.raises(InputError, match=r"known are digits, parquet:DIR .* and masks:DIR") as error:
         load_dataset(name, SHAPE, 3)
     assert repr(name) in str(error.value)
-
-
-def assert_refused(folder, *parts, **arguments):
-    """Loading fails in one line that holds all of these."""
-    with pytest.raises(InputError) as error:
-        load(folder, **arguments)
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 def test_a_missing_folder(tmp_path):

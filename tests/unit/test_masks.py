@@ -1,6 +1,7 @@
 import io
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,14 +12,7 @@ from PIL import Image
 
 from slt_planner.data.datasets import load_dataset, normalise
 from slt_planner.data.partition import partition
-from slt_planner.errors import InputError
-
-SHAPE = (3, 4, 6)  # height and width differ, so that a mix-up shows
-
-
-def random_pixels(count, height=4, width=6, channels=3, seed=0):
-    """(count, height, width, channels), as image files are laid out."""
-    return np.random.default_rng(seed).integers(256, size=(count, height, width, channels), dtype=np.uint8)
+from tests.unit.tiny_images import SHAPE, as_tensor, assert_load_refused, random_pixels
 
 
 def random_masks(count, classes=3, seed=0):
@@ -58,8 +52,7 @@ def load(folder, shape=SHAPE, num_classes=3):
     return load_dataset(f"masks:{folder}", shape, num_classes)
 
 
-def as_tensor(pixels):
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+assert_refused = partial(assert_load_refused, load)
 
 
 # sound
@@ -194,16 +187,6 @@ def test_a_mask_is_taken_as_it_is_or_refused_with_a_number_that_is_wrong(tmp_pat
 
 
 # unsound
-
-
-def assert_refused(folder, *parts, **arguments):
-    """Loading fails in one line that holds all of these."""
-    with pytest.raises(InputError) as error:
-        load(folder, **arguments)
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 def test_a_missing_folder(tmp_path):

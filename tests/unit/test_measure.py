@@ -1,5 +1,7 @@
 """Measured peaks against the same step found another way, and the sums that must hold."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -30,12 +32,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_the_peak_is_that_of_a_plain_loop_over_a_network_cut_by_hand(config):
     """Another network, another loop, torch's exported trace, no assumption about what is alive: the same bytes."""
-
-    def by_hand():
-        network = HandCutResNet(3, config.full_depth, config.head_scale)
-        network.load_from(MODEL, config.freeze_depth)
-        return network
-
+    by_hand = partial(HandCutResNet.of_resnet20, MODEL, **config.model_dump())
     profile = measure(extract(GRAPH, MODEL, config), StepSpec(batch_size=8))
     assert profile.peak_bytes == plain_peak(by_hand, batch=8)
 

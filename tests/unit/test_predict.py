@@ -26,6 +26,9 @@ from tests.plain_tensors import plain_tensor_peak
 from tests.reference_networks import HandCutDenseNet
 from tests.reference_resnet import HandCutResNet
 
+# Small operators are not worth two threads, and what a kernel takes differs a little with their number.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FULL = (0, 0, 1.0)
 
 
@@ -107,15 +110,6 @@ CASES = [
 EACH_CASE = pytest.mark.parametrize(
     "case", range(len(CASES)), ids=[f"{n}-{c}-{i}" for i, (n, c, _) in enumerate(CASES)]
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small operators are not worth two, and what a kernel takes differs a little with their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
@@ -225,10 +219,8 @@ def test_the_rows_of_the_units_add_up_to_the_network(case):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_network_cut_by_hand_needs_what_is_predicted(numbers, optimizer):
     """Nothing in common but the step's description: another network, another loop, another count."""
-    freeze_depth, full_depth, head_scale = numbers
-    network = HandCutResNet(3, full_depth, head_scale)
-    network.load_from(load_model("resnet20"), freeze_depth)
-    config = Config(freeze_depth=freeze_depth, full_depth=full_depth, head_scale=head_scale)
+    network = HandCutResNet.of_resnet20(load_model("resnet20"), *numbers)
+    config = Config(freeze_depth=numbers[0], full_depth=numbers[1], head_scale=numbers[2])
     spec = StepSpec(batch_size=4, optimizer=optimizer)
     assert predict(graph_of("resnet20"), config, spec, details=False).tensor_peak_bytes == plain(network, spec)
 
@@ -405,23 +397,21 @@ def test_at_full_width_the_peak_never_rises_with_the_freeze_depth(data, graph, s
 # Memory that predicting and calibrating take themselves
 
 GROWING = """
-import resource, sys
+import sys
 import slt_planner as slt
+from slt_planner.memory.process import peak_resident_bytes
 from slt_planner.models.registry import Weightless
 from torch import nn
-
-def most():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 full, spec = slt.Config.full_network(), slt.StepSpec(batch_size=2, threads=1)
 """
 
 PREDICTING_A_LARGE_ONE = """
 slt.predict(slt.trace(slt.load_model("resnet20"), (3, 32, 32)), full, spec)
-before = most()
+before = peak_resident_bytes()
 graph = slt.trace(slt.load_model("regnet_y_128gf", weights=False), (3, 224, 224))
 profile = slt.predict(graph, full, spec)
-sys.stdout.write(f"{most() - before} {profile.resident['weights']} {profile.tensor_peak_bytes}")
+sys.stdout.write(f"{peak_resident_bytes() - before} {profile.resident['weights']} {profile.tensor_peak_bytes}")
 """
 
 
@@ -440,10 +430,10 @@ def graph_of(widths):
     return slt.trace(nn.Sequential(nn.Flatten(), *layers), (3, 2, 2))
 
 slt.calibrate(graph_of([8, 9]), [full], spec)
-before = most()
+before = peak_resident_bytes()
 graph = graph_of([int(width) for width in sys.argv[1:]])
 slt.calibrate(graph, [full], spec)
-sys.stdout.write(f"{most() - before} {slt.predict(graph, full, spec).peak_bytes}")
+sys.stdout.write(f"{peak_resident_bytes() - before} {slt.predict(graph, full, spec).peak_bytes}")
 """
 
 

@@ -20,6 +20,9 @@ from slt_planner.models.densenet_cifar import CifarDenseNet
 from slt_planner.submodel.extract import extract
 from tests.reference_networks import HandCut, HandCutDenseNet, HandCutMobileNetV2, HandCutSwin, HandCutViT
 
+# Depthwise convolutions in double precision are thousands of tiny ones, which more threads only slow down.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}  # double precision; some gradients (a key's bias) are zero but for rounding
 
 
@@ -51,15 +54,6 @@ CASES = {
     "swin": Case(SLIM_SWIN, partial(HandCutSwin, size=8), (3, 40, 40), 2, (5, 6, 7, 8, 15)),
 }
 RANDOM_CASES = [(name, i) for name, case in CASES.items() for i in range(len(case.boundaries) + 5)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Depthwise convolutions in double precision are thousands of tiny ones, which threads only slow down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -48,8 +48,7 @@ def random_configs(count):
 @pytest.mark.parametrize("config", random_configs(30), ids=str)
 def test_outputs_and_gradients_equal_those_of_a_network_cut_by_hand(config):
     sub = extract(GRAPH, MODEL, config)
-    reference = HandCutResNet(3, config.full_depth, config.head_scale)
-    reference.load_from(MODEL, config.freeze_depth)
+    reference = HandCutResNet.of_resnet20(MODEL, **config.model_dump())
 
     logits, expected = sub(IMAGES), reference(IMAGES)
     assert torch.equal(logits, expected)

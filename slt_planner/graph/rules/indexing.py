@@ -93,10 +93,10 @@ def _unbind(op: Operator) -> Cut:
 @rule("getitem", "select", "narrow", "index_select")
 def getitem(op: Operator) -> Cut:
     """One result of several; or a tensor's entries by numbers, slices and at most one tensor of indices."""
-    x = op.node.args[0]
-    whole: Any = op.regions[x]  # type: ignore[index]
+    x = op.argument(0, "input")
+    whole = op.regions[x]
     if whole and not isinstance(whole[0], Dimension):
-        return Cut(whole[op.node.args[1]])
+        return Cut(whole[op.argument(1, "index")])
     region = op.region(x)
     output, own = _indexed(op, region, _plain_index(op), op.output)
     if is_whole(region):
@@ -136,12 +136,16 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _plain_index(op: Operator) -> list[Any]:
     """The index with an item a dimension, as x[...] would take it."""
-    rank = len(op.region(op.node.args[0]))
+    rank = len(op.region(op.argument(0, "input")))
     if op.name in ("select", "narrow", "index_select"):
-        dim, *rest = op.node.args[1:]
-        item = slice(rest[0], rest[0] + rest[1]) if op.name == "narrow" else rest[0]  # type: ignore[operator]
-        return [slice(None)] * (dim % rank) + [item]  # type: ignore[operator]
-    items = list(as_tuple(op.node.args[1]))
+        dim = op.argument(1, "dim")
+        if op.name == "narrow":
+            start = op.argument(2, "start")
+            item = slice(start, start + op.argument(3, "length"))
+        else:
+            item = op.argument(2, "index")
+        return [slice(None)] * (dim % rank) + [item]
+    items = list(as_tuple(op.argument(1, "index")))
     if sum(isinstance(item, fx.Node) and _is_tensor(item) for item in items) > 1:
         raise op.refused("by several tensors of indices has no width rule")
     if Ellipsis in [i for i in items if not isinstance(i, fx.Node)]:
