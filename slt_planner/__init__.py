@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from slt_planner.planning.tiers import load_tiers
     from slt_planner.planning.verification import Verification
     from slt_planner.planning.verify import verify
+    from slt_planner.planning.what_if import what_if
     from slt_planner.reporting.report import report
     from slt_planner.submodel.extract import SubModel, extract
     from slt_planner.submodel.merge import merge
@@ -72,6 +73,7 @@ _HOME = {
     "trace": "graph.trace",
     "train": "federated.experiment",
     "verify": "planning.verify",
+    "what_if": "planning.what_if",
 }
 
 __all__ = [
@@ -109,6 +111,7 @@ __all__ = [
     "trace",
     "train",
     "verify",
+    "what_if",
 ]
 
 

@@ -204,6 +204,8 @@ class Plan(Record):
             self._check_tier(tier)
         if not self.feasible_tiers:
             raise ValueError("no tier is feasible")
+        if self.step.micro_batch is not None and self.step.micro_batch > self.batch_size:
+            raise ValueError("step.micro_batch is larger than batch_size")
         return self
 
     def _check_tier(self, tier: TierPlan) -> None:

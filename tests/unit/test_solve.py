@@ -150,6 +150,7 @@ def test_a_plan_that_contradicts_itself_is_refused(tmp_path):
         (lambda d: d["tiers"][0]["stages"][0].update(head_scale=0.5), "differ from the plan"),
         (lambda d: d["tiers"][0].update(stages=[]), "differ from the plan"),
         (lambda d: d["model"].update(unit_names=["a"]), "beyond unit 1"),
+        (lambda d: d["step"].update(micro_batch=99), "micro_batch is larger than batch_size"),
         (lambda d: d.update(stages=[]), "stages"),
     ]
     for number, (change, words) in enumerate(cases):
