@@ -20,7 +20,7 @@ BELOW = {
     "federated": {"graph", "models", "submodel", "memory", "planning", "data"},
     "cli": {"graph", "models", "submodel", "memory", "planning", "federated", "data", "reporting"},
 }
-RECORDS = {"planning.plan", "planning.verification", "memory.profile", "federated.result"}
+RECORDS = {"planning.plan", "planning.costs", "planning.verification", "memory.profile", "federated.result"}
 FREE_OF_TORCH = [
     "config",
     "units",
