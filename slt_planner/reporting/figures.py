@@ -22,6 +22,7 @@ from slt_planner.reporting.terminal import (
     RunGroup,
     count,
     dataset_titles,
+    how_known,
     megabytes,
     metric_title,
     model_title,
@@ -44,7 +45,7 @@ CATEGORY_COLOURS: dict[Category, str] = {
     "batch": "#f0e442",
 }
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8f98")
-_LINES = ("-", "--", "-.", ":")
+LINES = ("-", "--", "-.", ":")
 WIDTH_IN, _DPI = 10.667, 150  # 1,600 pixels
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -141,12 +142,14 @@ def plan_figure(plan: Plan) -> Figure:
         x=0.012,
         ha="left",
     )
-    figure.text(0.012, 1 - 0.52 / figure.get_figheight(), f"Measured: {ruler(plan)}", color=MUTED, fontsize=10)
+    figure.text(
+        0.012, 1 - 0.52 / figure.get_figheight(), f"{how_known(plan).title()}: {ruler(plan)}", color=MUTED, fontsize=10
+    )
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).flat
     _draw_schedules(upper, plan)
     panels = lower.subplots(rows, columns, squeeze=False).flat
     for number, (axes, tier) in enumerate(zip(panels, tiers, strict=False)):
-        _draw_memory(axes, tier, wide=columns == 1)
+        _draw_memory(axes, tier, how_known(plan), wide=columns == 1)
         if number % columns:
             axes.set_ylabel("")
     for axes in list(lower.axes)[len(tiers) :]:
@@ -164,10 +167,10 @@ def schedule_figure(plan: Plan) -> Figure:
 
 
 @styled
-def memory_figure(tier: TierPlan) -> Figure:
-    """A feasible tier's measured peak in each stage, by category, against its budget."""
+def memory_figure(tier: TierPlan, how: str) -> Figure:
+    """A feasible tier's peak in each stage, by category, against its budget; `how` it is known: measured, predicted."""
     figure = Figure(figsize=(WIDTH_IN, 3.4), layout="constrained")
-    _draw_memory(figure.subplots(), tier, wide=True)
+    _draw_memory(figure.subplots(), tier, how, wide=True)
     _category_legend(figure, [tier])
     return figure
 
@@ -232,12 +235,12 @@ def _write_head_scale(axes: Axes, x: float, width: float, units: tuple[int, int]
     )  # fmt: skip
 
 
-def _draw_memory(axes: Axes, tier: TierPlan, wide: bool) -> None:
+def _draw_memory(axes: Axes, tier: TierPlan, how: str, wide: bool) -> None:
     """Stacked bars, a stage each; a budget far above them is written instead of drawn."""
     highest = max(stage.peak_bytes for stage in tier.stages)
     in_sight = tier.budget_bytes < 4 * highest
     top = 1.17 * (tier.budget_bytes if in_sight else highest)
-    unit, size = next(((u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if top >= 1.5 * n), ("B", 1.0))
+    unit, size = bytes_unit(top)
     numbers = range(len(tier.stages))
     bottoms = [0.0] * len(tier.stages)
     for category in CATEGORIES:
@@ -253,10 +256,19 @@ def _draw_memory(axes: Axes, tier: TierPlan, wide: bool) -> None:
     side = 0.55 + max(0.0, 3 - len(tier.stages) / 2)  # a single stage is no broad wall
     axes.annotate(budget, (0.1 - side, line), (0, 3), textcoords="offset points", va="bottom", fontsize=9.5)
     axes.set(ylim=(0, top / size), xlim=(-side, max(numbers) + side), xlabel="stage", ylabel=unit)
-    measured = all(stage.measured_peak_bytes is not None for stage in tier.stages)
-    axes.set_title(f"{shorten(tier.name, 20)}: {'measured' if measured else 'predicted'} peak")
+    axes.set_title(f"{shorten(tier.name, 20)}: {how} peak")
     axes.set_xticks(numbers[:: -(-len(numbers) // (24 if wide else 14))])
     axes.spines["left"].set_visible(False)
+
+
+def bytes_unit(largest: float) -> tuple[str, float]:
+    """The unit for amounts up to the largest, and its bytes.
+
+    >>> bytes_unit(54_273_664), bytes_unit(1_200_000_000)
+    (('MB', 1000000.0), ('MB', 1000000.0))
+    """
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next(((unit, size) for unit, size in units if largest >= 1.5 * size), ("B", 1.0))
 
 
 def _category_legend(figure: FigureBase, tiers: Sequence[TierPlan]) -> None:
@@ -301,7 +313,7 @@ def accuracy_figure(results: Sequence[RunResult], titled: bool = True) -> Figure
 
 
 def _draw_group(over_rounds: Axes, over_bytes: Axes, group: RunGroup, number: int) -> None:
-    colour, dashes = RUN_COLOURS[number % len(RUN_COLOURS)], _LINES[number % len(_LINES)]
+    colour, dashes = RUN_COLOURS[number % len(RUN_COLOURS)], LINES[number % len(LINES)]
     rounds = [row.round for row in group.runs[0].rows]
     by_round = list(zip(*([100 * row.accuracy for row in run.rows] for run in group.runs), strict=True))
     middle = [sum(values) / len(values) for values in by_round]

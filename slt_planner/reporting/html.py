@@ -1,5 +1,6 @@
 """Plans and runs as one self-contained HTML page each, with a PNG beside it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,8 +16,10 @@ from slt_planner.errors import InputError
 from slt_planner.federated.result import RunResult
 from slt_planner.files import refuse_existing, write_bytes, write_text
 from slt_planner.memory.profile import CATEGORIES
+from slt_planner.planning.costs import stage_cost
 from slt_planner.planning.plan import Plan, TierPlan
 from slt_planner.reporting import figures
+from slt_planner.reporting.left_over import left_over
 from slt_planner.reporting.terminal import (
     DATA_DEPENDENT,
     NOTHING,
@@ -38,9 +41,11 @@ from slt_planner.reporting.terminal import (
     stopped_sentence,
     tier_headline,
 )
+from slt_planner.reporting.trade_off_figure import trade_off_figure
 from slt_planner.units import format_bytes
 
 _SUFFIXES = (".html", ".htm")
+_ESTIMATED_SAMPLES = 500
 _PROOFS = {"wider_head": "a head one notch wider", "less_frozen": "one unit less frozen"}
 
 
@@ -51,6 +56,15 @@ class Chart:
     name: str
     svg: Markup
     caption: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimated quantity of one tier, a value a stage; None where a figure of the device is unknown."""
+
+    title: str
+    unit: str
+    values: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -143,8 +157,10 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         "operations": operations,
         "percent": percent,
         "reason": reason_text,
+        "rough": rough,
         "scale": scale_text,
         "shorten": shorten,
+        "unbroken": unbroken,
     }
     environment.globals |= {"CATEGORIES": CATEGORIES, "NOTHING": NOTHING, "PROOFS": _PROOFS}
     page = environment.get_template(template).render(context)
@@ -163,6 +179,26 @@ def operations(number: int) -> str:
     return str(number)
 
 
+def rough(number: float) -> str:
+    """An estimate for people: two decimal places, fewer where it is large.
+
+    >>> rough(0.0502), rough(29.74), rough(5400.4), rough(0.0002)
+    ('0.05', '29.7', '5,400', '<0.01')
+    """
+    if number < 0.01:
+        return "<0.01"
+    return f"{number:,.0f}" if number >= 99.95 else f"{number:.1f}" if number >= 9.995 else f"{number:.2f}"
+
+
+def unbroken(sentence: str) -> str:
+    """A sentence whose numbers stay with their units where it wraps.
+
+    >>> unbroken("within 16.0 MB, tightest 99.8 %")
+    'within 16.0\\xa0MB, tightest 99.8\\xa0%'
+    """
+    return re.sub(r"(?<=\d) (?=%|[kMG]?B\b)", "\u00a0", sentence)
+
+
 def _chart(name: str, figure: Figure, caption: str) -> Chart:
     drawing = figures.svg_text(figure, name).removeprefix("<svg")
     return Chart(name, Markup(f'<svg role="img" aria-label="{escape(caption)}"{drawing}'), caption)
@@ -175,7 +211,7 @@ def _plan_page(plan: Plan) -> dict[str, Any]:
         "title": f"Training plan: {model_title(plan)}",
         "facts": [
             f"batch {plan.batch_size}",
-            "budgets " + ", ".join(shorten(tier.name, 24) for tier in plan.tiers),
+            "tiers " + ", ".join(shorten(tier.name, 24) for tier in plan.tiers),
             count(plan.model.depth, "unit"),
             f"input {' × '.join(map(str, plan.input_shape))}",  # noqa: RUF001
             f"{plan.num_classes:,} classes",
@@ -188,6 +224,11 @@ def _plan_page(plan: Plan) -> dict[str, Any]:
         "memory": [
             (_memory_chart(number, tier, how_known(plan)), tier) for number, tier in enumerate(plan.feasible_tiers)
         ],
+        "left_over": left_over,
+        "predictions": _predictions(plan),
+        "trade_off": _trade_off_chart(plan),
+        "estimates": _estimates(plan),
+        "estimated_samples": _ESTIMATED_SAMPLES,
         "settings": _side_by_side([("", _flat(plan.step.model_dump()))]),
         "environment": _side_by_side([("", plan.environment)]),
     }
@@ -198,7 +239,43 @@ def _memory_chart(number: int, tier: TierPlan, how: str) -> Chart:
         f"{shorten(tier.name, 24)}: {how} peak memory of each stage by category; "
         f"the dashed line is the budget, {format_bytes(tier.budget_bytes)}"
     )
-    return _chart(f"memory-{number}", figures.memory_figure(tier), caption)
+    return _chart(f"memory-{number}", figures.memory_figure(tier, how), caption)
+
+
+def _trade_off_chart(plan: Plan) -> Chart | None:
+    if plan.trade_off is None:
+        return None
+    caption = (
+        "Peak memory of a step that freezes the first units, trains the next one at full width and the rest at the "
+        "head scale; a tier's line is the widest head that fits its budget. The peaks are predicted"
+    ) + (", or measured where the plan's own steps were" if plan.verified else "")
+    return _chart("trade-off", trade_off_figure(plan, plan.trade_off), caption)
+
+
+def _predictions(plan: Plan) -> str | None:
+    """How true the predictions were that were measured; None where nothing was both."""
+    steps = [step for tier in plan.tiers for step in (*tier.stages, *tier.proofs)]
+    pairs = [(step.predicted_peak_bytes, step.measured_peak_bytes) for step in steps]
+    misses = [abs(predicted - measured) for predicted, measured in pairs if predicted and measured]
+    if not misses:
+        return None
+    return f"at most {format_bytes(max(misses))} off" if any(misses) else "right to the byte"
+
+
+def _estimates(plan: Plan) -> list[tuple[TierPlan, list[Estimate]]]:
+    """What a round of each stage takes a client of the tiers whose devices are known: a column each quantity."""
+    known = []
+    for tier in plan.feasible_tiers:
+        costs = [stage_cost(own, tier, _ESTIMATED_SAMPLES) for own in tier.stages]
+        columns = (
+            Estimate("training", "s", [cost.compute_s for cost in costs]),
+            Estimate("transfer", "s", [cost.transfer_s for cost in costs]),
+            Estimate("round", "s", [cost.round_s for cost in costs]),
+            Estimate("energy", "J", [cost.energy_j for cost in costs]),
+        )
+        if own := [column for column in columns if column.values != [None] * len(costs)]:
+            known.append((tier, own))
+    return known
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

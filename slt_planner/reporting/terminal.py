@@ -11,13 +11,13 @@ from rich.text import Text
 from slt_planner.config import Optimizer, StepSpec
 from slt_planner.federated.result import RunResult, RunTier
 from slt_planner.planning.plan import Plan, TierPlan, TierStage
+from slt_planner.reporting.left_over import left_over
 from slt_planner.units import format_bytes
 
 NOTHING = "–"  # noqa: RUF001 - an en dash stands where there is no figure
-TIERS_ABREAST = 3
 _STATUS_STYLE = {"full": "green", "scheduled": "cyan", "infeasible": "red"}
 _WIDTH = 80
-_LEFT_COLUMNS_WIDTH = 37
+_TIERS_ABREAST = 3
 
 
 def shorten(text: str, limit: int = 40) -> str:
@@ -41,12 +41,22 @@ def percent(fraction: float | None) -> str:
 
 
 def scale_text(scale: float) -> str:
-    """A head scale in percent, with three digits; what is not all is not 100 %.
+    """A head scale in percent; what is not all is not 100 %.
 
     >>> scale_text(11 / 64), scale_text(1.0), scale_text(3071 / 3072)
     ('17.2 %', '100 %', '99.9 %')
     """
-    return f"{100 * scale if scale == 1 else min(100 * scale, 99.9):.3g} %"
+    return f"{short_scale(scale)} %"
+
+
+def short_scale(scale: float) -> str:
+    """A head scale in percent without the sign, in four characters at most.
+
+    >>> short_scale(11 / 64), short_scale(1.0), short_scale(1 / 512)
+    ('17.2', '100', '0.20')
+    """
+    percentage = 100 if scale == 1 else min(100 * scale, 99.9)
+    return f"{percentage:.3g}" if percentage >= 1 else f"{percentage:.2f}"
 
 
 def reason_text(limited_by: str) -> str:
@@ -129,18 +139,19 @@ def plan_table(plan: Plan) -> RenderableType:
     headlines.add_column(overflow="fold")
     for tier in plan.tiers:
         headlines.add_row(
-            Text(shorten(tier.name, 14), style="bold"),
+            Text(shorten(tier.name, 20), style="bold"),
             Text(tier.status, style=_STATUS_STYLE[tier.status]),
             Text(tier_headline(tier, plan)),
         )
-    tiers = plan.feasible_tiers
-    blocks = [tiers[first : first + TIERS_ABREAST] for first in range(0, len(tiers), TIERS_ABREAST)]
+    tiers, abreast = plan.feasible_tiers, _Columns.of(plan).abreast
+    blocks = [tiers[first : first + abreast] for first in range(0, len(tiers), abreast)]
     own_head = ", head scale in %" if plan.policy == "per-tier" else ""
     note = f"Per tier: units frozen{own_head}, a client's {how_known(plan)} peak in MB and in % of the budget."
     return Group(
         headlines,
         Text(""),
         *(part for block in blocks for part in (_stage_table(plan, block), Text(""))),
+        Text(f"{shorten(plan.binding_tier.name, 20)}: {left_over(plan.binding_tier)}", style="dim"),
         Text(note, style="dim"),
         Text(f"{how_known(plan).title()}: {ruler(plan)}.", style="dim"),
         *([Text(DATA_DEPENDENT, style="yellow")] if plan.model.data_dependent else []),
@@ -164,38 +175,60 @@ def plain_table(*titles: str) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """How wide the parts of a table of stages are: what all tiers share, and what each has of its own."""
+
+    depth_digits: int
+    own_head: bool
+
+    @classmethod
+    def of(cls, plan: Plan) -> "_Columns":
+        return cls(len(str(plan.model.depth)), plan.policy == "per-tier")
+
+    @property
+    def shared(self) -> int:
+        return len("stage rounds width ") + (0 if self.own_head else len("head limited by  "))
+
+    @property
+    def tier(self) -> int:
+        return self.depth_digits + len("  123.4 100%") + (len(" 12.3") if self.own_head else 0)
+
+    @property
+    def abreast(self) -> int:
+        """How many tiers fit beside one another."""
+        return min(_TIERS_ABREAST, (_WIDTH - self.shared + 1) // (self.tier + 1))
+
+
 def _stage_table(plan: Plan, tiers: Sequence[TierPlan]) -> Table:
-    own_head = plan.policy == "per-tier"
-    table = plain_table("\nstage", "rounds\n%", "full\nwidth", *([] if own_head else ["head\n%"]))
-    table.add_column(Text("limited\nby"), no_wrap=True, min_width=11)
-    tier_width = len(str(plan.model.depth)) + len(" 123.4 100 %") + (len(" 12.3") if own_head else 0)
-    bar_width = min(12, (_WIDTH - _LEFT_COLUMNS_WIDTH) // len(tiers) - tier_width - 3)
+    columns = _Columns.of(plan)
+    table = plain_table("\nstage", "rounds\n%", "full\nwidth", *([] if columns.own_head else ["head\n%"]))
+    if not columns.own_head:
+        table.add_column(Text("limited\nby"), no_wrap=True, min_width=11)
+    bar_width = min(12, (_WIDTH - columns.shared) // len(tiers) - columns.tier - 3)
     for tier in tiers:
-        title = f"{shorten(tier.name, tier_width)}\nfrozen, {'head, ' if own_head else ''}peak"
+        title = f"{shorten(tier.name, columns.tier)}\nfrozen, {'head, ' if columns.own_head else ''}peak"
         table.add_column(Text(title, justify="right"), justify="right", no_wrap=True)
         if bar_width >= 4:
             table.add_column("")
     for number, stage in enumerate(plan.stages):
-        cells: list[RenderableType] = [
-            str(number),
-            f"{100 * stage.rounds_fraction:.1f}",
-            str(stage.full_depth),
-            *([] if own_head else [f"{100 * stage.head_scale:.3g}"]),
-            reason_text(stage.limited_by),
-        ]
+        shared = [str(number), f"{100 * stage.rounds_fraction:.1f}", str(stage.full_depth)]
+        if not columns.own_head:
+            shared += [short_scale(stage.head_scale), reason_text(stage.limited_by)]
+        cells: list[RenderableType] = [*shared]
         for tier in tiers:
             own = tier.stages[number]
-            cells.append(_tier_cell(own, tier, len(str(plan.model.depth)), own_head))
+            cells.append(_tier_cell(own, tier, columns))
             if bar_width >= 4:
                 cells.append(_budget_bar(own, tier, bar_width))
         table.add_row(*cells)
     return table
 
 
-def _tier_cell(stage: TierStage, tier: TierPlan, depth_digits: int, own_head: bool) -> Text:
+def _tier_cell(stage: TierStage, tier: TierPlan, columns: _Columns) -> Text:
     fraction = stage.peak_bytes / tier.budget_bytes
-    head = f" {100 * stage.head_scale:>4.3g}" if own_head else ""
-    text = Text(f" {stage.freeze_depth:>{depth_digits}}{head} {megabytes(stage.peak_bytes):>5} ")
+    head = f" {short_scale(stage.head_scale):>4}" if columns.own_head else ""
+    text = Text(f" {stage.freeze_depth:>{columns.depth_digits}}{head} {megabytes(stage.peak_bytes):>5} ")
     text.append(f"{100 * fraction:>3.0f}%", style="yellow" if fraction > 0.95 else "green")
     return text
 

@@ -1,13 +1,25 @@
 """Realistic plans and runs for tests that read records: a ResNet20-like network and a toy memory model, no torch."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from slt_planner.config import Config, StepSettings
+from slt_planner.config import Config, DeviceFigures, StepSettings
 from slt_planner.federated.result import RoundRow, RunResult, RunSettings, RunTier
 from slt_planner.memory.profile import Category, MemoryProfile, UnitRow
-from slt_planner.planning.plan import Plan, PlannedModel, Proof, Stage, TierPlan, TierStage
+from slt_planner.planning.plan import (
+    Frontier,
+    Plan,
+    PlannedModel,
+    PlannedStep,
+    Policy,
+    Proof,
+    Stage,
+    TierPlan,
+    TierStage,
+    TradeOff,
+)
 
 BATCH = 128
 ENVIRONMENT = {"python": "3.11.4", "torch": "2.14.0", "processor": "x86_64, AVX-512", "threads": "2"}
@@ -187,8 +199,9 @@ def sample_plan(
     name: str | None = "resnet20",
     tier_names: tuple[str, ...] = (),
     reason: str | None = None,
+    policy: Policy = "coupled",
 ) -> Plan:
-    """A plan for budgets in MB, weakest first; `infeasible_mb` adds a tier that can do nothing."""
+    """A verified plan for budgets in MB, weakest first; `infeasible_mb` adds a tier that can do nothing."""
     binding = budgets[0] * 10**6
     outline = schedule(binding)
     names = tier_names or tuple(f"{budget}MB" for budget in budgets)
@@ -201,14 +214,21 @@ def sample_plan(
                 budget_bytes=infeasible_mb * 10**6,
                 share=share,
                 status="infeasible",
-                reason=reason or "at full_depth 1 even the narrowest head needs 38.2 MB",
+                reason=reason
+                or "stage 1 needs 38.3 MB even with its narrowest head, 22.3 MB more than there is; "
+                "the smallest budget with a schedule is 38.3 MB",
                 smallest_budget_bytes=38_214_912,
             )
         )
     for budget_mb, tier_name in zip(budgets, names, strict=True):
         budget = budget_mb * 10**6
-        binds = budget == binding
-        stages = [tier_stage(depth, scale, why if binds else "weakest_tier", budget) for depth, scale, why in outline]
+        binds = budget == binding or policy == "per-tier"
+        own = schedule(budget) if policy == "per-tier" else outline
+        own = [*own, *[own[-1]] * (len(outline) - len(own))]
+        stages = [
+            tier_stage(depth, scale, why if binds or why == "full" else "weakest_tier", budget)
+            for depth, scale, why in own
+        ]
         tiers.append(
             TierPlan(
                 name=tier_name,
@@ -225,11 +245,73 @@ def sample_plan(
         num_classes=10,
         batch_size=BATCH,
         step=StepSettings(threads=2),
+        policy=policy,
         environment=ENVIRONMENT,
         full_network=full_network(),
         stages=_shared_stages(outline, next(tier for tier in tiers if tier.stages)),
         tiers=tuple(tiers),
+        trade_off=trade_off(tiers),
     )
+
+
+def trade_off(tiers: list[TierPlan]) -> TradeOff:
+    """The toy network's peaks over every second unit and every eighth notch."""
+    depths, notches = tuple(range(0, DEPTH, 2)), tuple(notch / 64 for notch in range(8, 65, 8))
+    configs = [[Config(freeze_depth=depth, full_depth=depth + 1, head_scale=s) for s in notches] for depth in depths]
+    return TradeOff(
+        freeze_depths=depths,
+        head_scales=notches,
+        peak_bytes=tuple(tuple(map(peak, row)) for row in configs),
+        frontiers=tuple(
+            Frontier(tier=tier.name, head_scales=tuple(largest_scale(depth + 1, tier.budget_bytes) for depth in depths))
+            for tier in tiers
+        ),
+    )
+
+
+def on_devices(plan: Plan, figures: dict[str, DeviceFigures]) -> Plan:
+    """A plan whose stages say what travels down, for tiers of which these device figures are known, by name."""
+
+    def tier_on_device(tier: TierPlan) -> TierPlan:
+        stages = [{**stage.model_dump(), "download_bytes": stage.upload_bytes + 4000} for stage in tier.stages]
+        known = figures[tier.name].model_dump() if tier.name in figures else {}
+        return TierPlan.model_validate({**tier.model_dump(), **known, "stages": stages})
+
+    return plan.model_copy(update={"tiers": tuple(map(tier_on_device, plan.tiers))})
+
+
+def as_predicted(plan: Plan) -> Plan:
+    """The same plan, not verified."""
+
+    def unmeasured(step: PlannedStep) -> dict[str, Any]:
+        fields: dict[str, Any] = {"predicted_peak_bytes": step.measured_peak_bytes, "measured_peak_bytes": None}
+        if isinstance(step, TierStage):
+            fields |= {"predicted_breakdown": step.measured_breakdown, "measured_breakdown": None}
+        return fields
+
+    return _with_peaks(plan, unmeasured)
+
+
+def also_predicted(plan: Plan, off: int) -> Plan:
+    """The same verified plan, with what was predicted: so many bytes too little."""
+
+    def predicted(step: PlannedStep) -> dict[str, Any]:
+        fields: dict[str, Any] = {"predicted_peak_bytes": step.peak_bytes - off}
+        if isinstance(step, TierStage):
+            parts = step.breakdown
+            fields["predicted_breakdown"] = {**parts, "workspace": parts["workspace"] - off}
+        return fields
+
+    return _with_peaks(plan, predicted)
+
+
+def _with_peaks(plan: Plan, peaks: Callable[[PlannedStep], dict[str, Any]]) -> Plan:
+    def changed(tier: TierPlan) -> TierPlan:
+        stages = [{**stage.model_dump(), **peaks(stage)} for stage in tier.stages]
+        proofs = [{**proof.model_dump(), **peaks(proof)} for proof in tier.proofs]
+        return TierPlan.model_validate({**tier.model_dump(), "stages": stages, "proofs": proofs})
+
+    return plan.model_copy(update={"tiers": tuple(map(changed, plan.tiers))})
 
 
 def _shared_stages(outline: list[tuple[int, float, Any]], binding: TierPlan) -> tuple[Stage, ...]:

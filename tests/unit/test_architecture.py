@@ -20,7 +20,14 @@ BELOW = {
     "federated": {"graph", "models", "submodel", "memory", "planning", "data"},
     "cli": {"graph", "models", "submodel", "memory", "planning", "federated", "data", "reporting"},
 }
-RECORDS = {"planning.levers", "planning.plan", "planning.verification", "memory.profile", "federated.result"}
+RECORDS = {
+    "planning.costs",
+    "planning.levers",
+    "planning.plan",
+    "planning.verification",
+    "memory.profile",
+    "federated.result",
+}
 FREE_OF_TORCH = [
     "config",
     "units",

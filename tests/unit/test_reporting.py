@@ -2,24 +2,33 @@
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib import rcParams
 from PIL import Image
 from rich.console import Console, RenderableType
 
+from slt_planner.config import DeviceFigures
 from slt_planner.errors import InputError
 from slt_planner.federated.result import RunResult
-from slt_planner.planning.plan import Plan
+from slt_planner.planning.plan import Plan, TierPlan
 from slt_planner.reporting import figures, html, terminal
+from slt_planner.reporting.left_over import left_over
+from slt_planner.reporting.trade_off_figure import trade_off_figure
 from slt_planner.units import format_bytes
-from tests.unit.sample_records import sample_plan, sample_run
+from tests.unit.sample_records import also_predicted, as_predicted, on_devices, sample_plan, sample_run
 
+PHONE = DeviceFigures(
+    flops_per_s=5.6e9, upload_bytes_per_s=1e6, download_bytes_per_s=4e6, power_w=2.5, link_power_w=2.0
+)
 NASTY = [
     "<script>alert(1)</script>",
     "\"><img src=x onerror='alert(1)'>",
@@ -101,6 +110,11 @@ def run_page(runs: list[RunResult], tmp_path_factory: pytest.TempPathFactory) ->
     return Page(path.read_text(encoding="utf-8"))
 
 
+def plan_page_of(plan: Plan, folder: Path) -> Page:
+    html.plan_report(plan, folder / "page.html", force=True)
+    return Page((folder / "page.html").read_text(encoding="utf-8"))
+
+
 def values(row: list[tuple[str, str | None]]) -> list[float]:
     return [float(value) for _, value in row if value is not None]
 
@@ -112,9 +126,9 @@ def printed(renderable: RenderableType, width: int = 80) -> str:
 
 
 def with_tier_name(plan: Plan, name: str) -> Plan:
-    tiers = json.loads(plan.model_dump_json())["tiers"]
-    tiers[1]["name"] = name
-    return plan.model_validate({**plan.model_dump(), "tiers": tiers})
+    fields = json.loads(plan.model_dump_json())
+    fields["tiers"][1]["name"] = fields["trade_off"]["frontiers"][1]["tier"] = name
+    return plan.model_validate(fields)
 
 
 # The plan's page
@@ -162,7 +176,127 @@ def test_work_table_shows_what_a_client_sends(plan: Plan, plan_page: Page) -> No
         expected = [number]
         for own in (tier.stages[number] for tier in plan.feasible_tiers):
             expected += [own.trainable_parameters, own.upload_bytes, own.train_flops_per_sample]
+        assert values(row) == expected, "plans of older versions do not say what travels down"
+
+
+def test_estimates_are_those_of_the_formulas_for_500_samples(tmp_path: Path) -> None:
+    """By hand: work over throughput, bytes over link speed, power times time."""
+    plan = on_devices(sample_plan(), {"64MB": PHONE, "256MB": DeviceFigures(flops_per_s=1e9)})
+    page = plan_page_of(plan, tmp_path)
+    weak, _, strong = plan.tiers
+    for number, row in enumerate(page.body("estimates")):
+        own = weak.stages[number]
+        train_s = own.train_flops_per_sample * 500 / 5.6e9
+        link_s = own.upload_bytes / 1e6 + (own.upload_bytes + 4000) / 4e6
+        alone = strong.stages[number].train_flops_per_sample * 500 / 1e9
+        expected = [number, train_s, link_s, train_s + link_s, 2.5 * train_s + 2.0 * link_s, alone]
+        assert values(row) == pytest.approx(expected)
+        assert row[1][0] == f"{html.rough(train_s)} s"
+        assert row[4][0] == f"{html.rough(2.5 * train_s + 2.0 * link_s)} J"
+    heads, titles = page.tables["estimates"][:2]
+    assert [title for title, _ in heads] == ["", "64MB", "256MB"], "nothing is known of the other tier's device"
+    assert [title for title, _ in titles] == ["stage", "training", "transfer", "round", "energy", "training"]
+    assert "500 samples and one local epoch" in " ".join(page.text.split())
+    assert "docs/costs.md" in page.text
+    assert [values(row)[3] for row in page.body("work")] == [own.upload_bytes + 4000 for own in weak.stages]
+
+
+def test_without_device_figures_nothing_is_estimated(plan_page: Page) -> None:
+    assert "estimates" not in plan_page.tables
+    assert "estimate" not in plan_page.text.lower()
+
+
+def test_trade_off_table_shows_the_records_numbers(plan: Plan, plan_page: Page) -> None:
+    grid = plan.trade_off
+    assert grid is not None
+    for number, row in enumerate(plan_page.body("trade-off-data")):
+        frontiers = [frontier.head_scales[number] for frontier in grid.frontiers]
+        known = [scale for scale in frontiers if scale is not None]
+        assert values(row) == [grid.freeze_depths[number], *grid.peak_bytes[number], *known]
+        assert [cell[0] == terminal.NOTHING for cell in row[-len(frontiers) :]] == [
+            scale is None for scale in frontiers
+        ]
+    assert len(plan_page.body("trade-off-data")) == len(grid.freeze_depths)
+    assert any(None in frontier.head_scales for frontier in grid.frontiers)
+
+
+def test_a_plan_without_a_trade_off_has_no_such_section(plan: Plan, tmp_path: Path) -> None:
+    page = plan_page_of(plan.model_copy(update={"trade_off": None}), tmp_path)
+    assert "trade-off" not in page.ids
+    assert "Trade-off" not in page.text
+
+
+def test_an_unverified_plan_is_never_called_measured(plan: Plan, tmp_path: Path) -> None:
+    foreseen = as_predicted(plan)
+    page = plan_page_of(foreseen, tmp_path)
+    drawn = figures.svg_text(figures.plan_figure(foreseen), "a")
+    for text in (page.text, *page.roles, drawn, printed(terminal.plan_table(foreseen))):
+        assert "measured" not in text.lower()
+        assert "predicted" in text.lower() or "frozen" in text.lower()
+    assert "Predicted: allocator ruler" in drawn
+    assert "Measured: allocator ruler" in figures.svg_text(figures.plan_figure(plan), "a")
+    stages = [own for tier in foreseen.feasible_tiers for own in tier.stages]
+    shown = [values(row)[1] for n in range(3) for row in page.body(f"memory-{n}-data")]
+    assert shown == [own.predicted_peak_bytes for own in stages]
+
+
+def test_predictions_stand_beside_what_was_measured(plan: Plan, tmp_path: Path) -> None:
+    page = plan_page_of(also_predicted(plan, off=4096), tmp_path)
+    text = " ".join(page.text.split())
+    assert "The predictions that the plan was found with were at most 4.1 kB off." in text
+    for number, tier in enumerate(plan.feasible_tiers):
+        for own, row in zip(tier.stages, page.body(f"memory-{number}-data"), strict=True):
+            assert values(row)[3] == own.peak_bytes - 4096
+            assert sum(values(row)[4:]) == own.peak_bytes
+    for row in page.body("proofs"):
+        assert values(row)[2] == values(row)[1] - 4096
+    exact = plan_page_of(also_predicted(plan, off=0), tmp_path)
+    assert "were right to the byte." in " ".join(exact.text.split())
+
+
+def test_policy_per_tier_shows_each_tiers_own_head(tmp_path: Path) -> None:
+    plan = sample_plan(policy="per-tier")
+    page = plan_page_of(plan, tmp_path)
+    for number, (stage, row) in enumerate(zip(plan.stages, page.body("stages"), strict=True)):
+        expected: list[float] = [number, stage.rounds_fraction, stage.full_depth]
+        for tier in plan.tiers:
+            own = tier.stages[number]
+            expected += [own.freeze_depth, own.head_scale, own.peak_bytes, own.peak_bytes / tier.budget_bytes]
         assert values(row) == expected
+        limits = [page.body(f"memory-{n}-data")[number][3][0] for n in range(len(plan.tiers))]
+        assert limits == [terminal.reason_text(tier.stages[number].limited_by) for tier in plan.tiers]
+
+
+def test_what_is_left_over_is_said_with_its_reason(plan: Plan, plan_page: Page) -> None:
+    text = " ".join(plan_page.text.split())
+    for tier in plan.feasible_tiers:
+        assert left_over(tier) in text
+    weakest, middle, strongest = plan.feasible_tiers
+    assert left_over(weakest).startswith(expected_sentence(weakest, max, "leaves least, "))
+    assert left_over(weakest).endswith("a later stage fits no wider head, and nothing is frozen.")
+    assert left_over(middle).endswith("the weakest tier sets its head, and nothing is frozen.")
+    assert f"{expected_sentence(strongest, max, 'leaves least, ')}: the whole network trains." in left_over(strongest)
+    assert expected_sentence(strongest, min, "leaves most, ") in left_over(strongest)
+    alone = sample_plan((256,)).tiers[0]
+    assert left_over(alone) == f"{expected_sentence(alone, max, 'leaves ')}: the whole network trains."
+
+
+def expected_sentence(tier: TierPlan, of: Any, leaves: str) -> str:
+    number, stage = of(enumerate(tier.stages), key=lambda pair: pair[1].peak_bytes)
+    return f"Stage {number} {leaves}{format_bytes(tier.budget_bytes - stage.peak_bytes)}"
+
+
+def test_what_is_left_over_names_how_far_the_next_notches_are_over(plan: Plan) -> None:
+    tier = plan.binding_tier
+    number = max(range(len(tier.stages)), key=lambda number: tier.stages[number].peak_bytes)
+    over = {
+        proof.kind: format_bytes(proof.peak_bytes - tier.budget_bytes) for proof in tier.proofs if proof.stage == number
+    }
+    assert set(over) == {"wider_head", "less_frozen"}
+    reasons = (
+        f"the next wider head is {over['wider_head']} over, and one unit less frozen is {over['less_frozen']} over"
+    )
+    assert f": {reasons}." in left_over(tier)
 
 
 def test_headlines_say_what_each_tier_can_do(plan: Plan, plan_page: Page) -> None:
@@ -261,6 +395,7 @@ def test_only_seeds_of_the_same_run_are_averaged(plan: Plan) -> None:
 @pytest.mark.parametrize("name", NASTY)
 def test_names_do_no_harm(name: str, tmp_path: Path) -> None:
     plan = with_tier_name(sample_plan((64, 256), infeasible_mb=16, name=name, reason=name), name)
+    plan = on_devices(plan, {name: PHONE})
     run = sample_run(plan=plan, dataset_title=name, rounds=20)
     html.plan_report(plan, tmp_path / "plan.html", command=name)
     html.run_report([run, run], tmp_path / "run.html", command=name)
@@ -347,7 +482,7 @@ def test_many_tiers_and_a_far_budget_are_drawn() -> None:
     plan = sample_plan((64, 80, 100, 128, 10**6))
     figure = figures.plan_figure(plan)
     assert Image.open(io.BytesIO(figures.png_bytes(figure))).size[0] == 1600
-    written = figures.svg_text(figures.memory_figure(plan.tiers[-1]), "m")
+    written = figures.svg_text(figures.memory_figure(plan.tiers[-1], "measured"), "m")
     assert "far above this picture" in written
 
 
@@ -355,6 +490,44 @@ def test_schedule_picture_covers_all_units_and_rounds(plan: Plan) -> None:
     for axes, tier in zip(figures.schedule_figure(plan).axes, plan.feasible_tiers, strict=True):
         areas = [patch.get_width() * patch.get_height() for patch in axes.patches]  # type: ignore[attr-defined]
         assert sum(areas) == pytest.approx(100 * plan.model.depth), tier.name
+
+
+def test_frontiers_run_above_the_heads_that_fit_and_below_those_that_do_not(plan: Plan) -> None:
+    """A row is 1 high; lines that coincide are drawn up to a quarter of it apart."""
+    grid = plan.trade_off
+    assert grid is not None
+    (axes,) = trade_off_figure(plan, grid).axes
+    drawn = [line for line in axes.lines if line.get_color() in figures.RUN_COLOURS]
+    for frontier, line, crosses in zip(grid.frontiers, drawn[::2], drawn[1::2], strict=True):
+        heights = list(line.get_ydata())
+        for column, widest in enumerate(frontier.head_scales):
+            left, right = heights[2 * column : 2 * column + 2]
+            if widest is None:
+                assert math.isnan(left)
+                assert math.isnan(right)
+                continue
+            assert left == right
+            fitting = sum(scale <= widest for scale in grid.head_scales)
+            assert fitting - 0.25 <= left <= fitting + 1.25
+        assert [int(x) for x in crosses.get_xdata()] == [n for n, s in enumerate(frontier.head_scales) if s is None]
+    numbers = [text.get_text() for text in axes.texts]
+    assert [float(number) for number in numbers] == pytest.approx(
+        [peak / 1e6 for row in grid.peak_bytes for peak in row], rel=0.006
+    )
+
+
+def test_numbers_of_a_trade_off_are_not_crossed_and_stay_in_their_cells(plan: Plan) -> None:
+    grid = plan.trade_off
+    assert grid is not None
+    (axes,) = trade_off_figure(plan, grid).axes
+    rows = len(grid.head_scales)
+    for index, text in enumerate(axes.texts):
+        column, row = divmod(index, rows)
+        x, y = text.get_position()
+        assert x == column + 0.5
+        assert row + 0.2 < y < row + 0.8
+        lines = [line.get_ydata()[2 * column] for line in axes.lines if len(line.get_ydata()) > len(grid.freeze_depths)]
+        assert all(math.isnan(height) or abs(height - y) > 0.15 for height in lines)
 
 
 def test_svgs_of_one_name_are_equal_and_of_two_names_share_no_id(plan: Plan) -> None:
@@ -379,8 +552,45 @@ def test_plan_table_fits_80_columns(budgets: tuple[int, ...]) -> None:
         for own in tier.stages:
             peak = f"{own.freeze_depth} {own.measured_peak_bytes / 1e6:5.1f}"
             assert f"{peak} {100 * own.measured_peak_bytes / tier.budget_bytes:>3.0f}%" in text
-    assert "16MB" in text
-    assert "infeasible  at full_depth 1 even the narrowest head needs 38.2 MB" in text
+    assert str(plan.tiers[0].reason) in reason_shown(text)
+    assert "Stage 0 leaves most" in " ".join(text.split())
+
+
+def reason_shown(text: str) -> str:
+    """The first tier's sentence, put together from its lines."""
+    first, *lines = text.splitlines()
+    indent = first.index("infeasible  ") + len("infeasible  ")
+    rest = takewhile(lambda line: line.startswith(" " * indent), lines)
+    return " ".join(line[indent:].strip() for line in [first, *rest])
+
+
+def test_a_long_reason_wraps_beside_the_status() -> None:
+    reason = "the warm-up needs more than there is (in " + "encoder.layers.encoder_layer_11.mlp.3, " * 8 + "backward)"
+    plan = sample_plan((64,), infeasible_mb=16, reason=reason)
+    text = printed(terminal.plan_table(plan))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert reason in reason_shown(text)
+
+
+@pytest.mark.parametrize("budgets", [(64,), (64, 128), (64, 100, 128), (64, 80, 100, 128, 256)])
+def test_plan_table_with_each_tiers_own_head_fits_80_columns(budgets: tuple[int, ...]) -> None:
+    plan = sample_plan(budgets, policy="per-tier")
+    text = printed(terminal.plan_table(plan))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    for tier in plan.tiers:
+        for own in tier.stages:
+            share = f"{100 * own.peak_bytes / tier.budget_bytes:>3.0f}%"
+            head = f"{100 * own.head_scale:.3g}"
+            assert f"{own.freeze_depth:>2} {head:>4} {own.peak_bytes / 1e6:5.1f} {share}" in text
+
+
+def test_plan_table_of_a_deep_network_fits_80_columns(plan: Plan) -> None:
+    names = tuple(f"unit{number}" for number in range(120))
+    deep = plan.model_copy(update={"model": plan.model.model_copy(update={"unit_names": names})})
+    text = printed(terminal.plan_table(deep))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
 
 
 def test_run_table_fits_80_columns(runs: list[RunResult]) -> None:
