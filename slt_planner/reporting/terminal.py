@@ -143,7 +143,8 @@ def plan_table(plan: Plan) -> RenderableType:
             Text(tier.status, style=_STATUS_STYLE[tier.status]),
             Text(tier_headline(tier, plan)),
         )
-    tiers, abreast = plan.feasible_tiers, _Columns.of(plan).abreast
+    abreast = _Columns.of(plan).abreast
+    tiers, alike = _worth_a_column(plan, abreast)
     blocks = [tiers[first : first + abreast] for first in range(0, len(tiers), abreast)]
     own_head = ", head scale in %" if plan.policy == "per-tier" else ""
     note = f"Per tier: units frozen{own_head}, a client's {how_known(plan)} peak in MB and in % of the budget."
@@ -151,11 +152,23 @@ def plan_table(plan: Plan) -> RenderableType:
         headlines,
         Text(""),
         *(part for block in blocks for part in (_stage_table(plan, block), Text(""))),
+        *([Text(f"{', '.join(alike)}: as {tiers[-1].name}, nothing frozen.", style="dim")] if alike else []),
         Text(f"{shorten(plan.binding_tier.name, 20)}: {left_over(plan.binding_tier)}", style="dim"),
         Text(note, style="dim"),
         Text(f"{how_known(plan).title()}: {ruler(plan)}.", style="dim"),
         *([Text(DATA_DEPENDENT, style="yellow")] if plan.model.data_dependent else []),
     )
+
+
+def _worth_a_column(plan: Plan, abreast: int) -> tuple[tuple[TierPlan, ...], list[str]]:
+    """The tiers to show stage by stage, and the names of those that do in every stage what the last of these does."""
+    tiers = plan.feasible_tiers
+    own = {tuple(stage.config for stage in tier.stages): tier for tier in reversed(tiers)}
+    if len(tiers) <= abreast or tiers[-1].status != "full":
+        return tiers, []
+    last = own[tuple(stage.config for stage in tiers[-1].stages)]
+    shown = tiers[: tiers.index(last) + 1]
+    return shown, [shorten(tier.name, 20) for tier in tiers[len(shown) :]]
 
 
 DATA_DEPENDENT = "This network's shapes depend on data: peaks are for made-up targets; real ones can need more."

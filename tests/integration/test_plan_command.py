@@ -118,3 +118,10 @@ def test_a_network_that_cannot_be_predicted_has_to_be_measured(command):
     done = command(*detector, "--budgets", "1GB", "--no-verify")
     assert done.code == 2
     assert "the steps of this network can only be measured" in done.err
+
+
+def test_tiers_that_do_the_same_share_a_column(command):
+    done = command(*CONVNET, "--budgets", "36,200,300,400,500MB", "--no-verify", "--no-trade-off")
+    assert done.code == 0, done.err
+    assert "300MB, 400MB, 500MB: as 200MB, nothing frozen." in done.out
+    assert done.out.count("frozen, peak") == 2
