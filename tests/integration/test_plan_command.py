@@ -10,7 +10,7 @@ CONVNET = ("slt-plan", "convnet", "--batch-size", "4", "--threads", "1")
 TIERS = """
 [[tier]]
 name = "camera"
-budget = "36MB"
+budget = "34MB"
 share = 0.75
 gflops = 3
 power_w = 2.1
@@ -29,7 +29,7 @@ def tiers_file(tmp_path):
 
 
 def test_a_plan_on_predictions_says_so_and_verifies(command, tmp_path):
-    done = command(*CONVNET, "--budgets", "35MB", "--no-verify", "--no-trade-off")
+    done = command(*CONVNET, "--budgets", "34MB", "--no-verify", "--no-trade-off")
     assert done.code == 0, done.err
     assert "measured" not in done.out + done.err
     assert "Predicted: allocator ruler" in done.out
@@ -44,7 +44,7 @@ def test_a_plan_on_predictions_says_so_and_verifies(command, tmp_path):
 
 
 def test_the_same_plan_again_is_the_same(command, tmp_path):
-    asked = (*CONVNET, "--budgets", "35,36MB", "--force")
+    asked = (*CONVNET, "--budgets", "34,36MB", "--force")
     first, forecasts = command(*asked), (tmp_path / "plan.json").read_text()
     assert first.code == 0, first.err
     assert command(*asked).code == 0
@@ -121,7 +121,7 @@ def test_a_network_that_cannot_be_predicted_has_to_be_measured(command):
 
 
 def test_tiers_that_do_the_same_share_a_column(command):
-    done = command(*CONVNET, "--budgets", "36,200,300,400,500MB", "--no-verify", "--no-trade-off")
+    done = command(*CONVNET, "--budgets", "34,200,300,400,500MB", "--no-verify", "--no-trade-off")
     assert done.code == 0, done.err
     assert "300MB, 400MB, 500MB: as 200MB, nothing frozen." in done.out
     assert done.out.count("frozen, peak") == 2
