@@ -41,7 +41,7 @@ from slt_planner.reporting.terminal import (
     stopped_sentence,
     tier_headline,
 )
-from slt_planner.reporting.trade_off_figure import trade_off_figure
+from slt_planner.reporting.trade_off_figure import trade_off_caption, trade_off_figure
 from slt_planner.units import format_bytes
 
 _SUFFIXES = (".html", ".htm")
@@ -245,11 +245,7 @@ def _memory_chart(number: int, tier: TierPlan, how: str) -> Chart:
 def _trade_off_chart(plan: Plan) -> Chart | None:
     if plan.trade_off is None:
         return None
-    caption = (
-        "Peak memory of a step that freezes the first units, trains the next one at full width and the rest at the "
-        "head scale; a tier's line is the widest head that fits its budget. The peaks are predicted"
-    ) + (", or measured where the plan's own steps were" if plan.verified else "")
-    return _chart("trade-off", trade_off_figure(plan, plan.trade_off), caption)
+    return _chart("trade-off", trade_off_figure(plan, plan.trade_off), trade_off_caption(plan, plan.trade_off))
 
 
 def _predictions(plan: Plan) -> str | None:

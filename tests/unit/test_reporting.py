@@ -22,7 +22,7 @@ from slt_planner.federated.result import RunResult
 from slt_planner.planning.plan import Plan, TierPlan
 from slt_planner.reporting import figures, html, terminal
 from slt_planner.reporting.left_over import left_over
-from slt_planner.reporting.trade_off_figure import trade_off_figure
+from slt_planner.reporting.trade_off_figure import trade_off_caption, trade_off_figure
 from slt_planner.units import format_bytes
 from tests.unit.sample_records import also_predicted, as_predicted, on_devices, sample_plan, sample_run
 
@@ -497,8 +497,9 @@ def test_frontiers_run_above_the_heads_that_fit_and_below_those_that_do_not(plan
     grid = plan.trade_off
     assert grid is not None
     (axes,) = trade_off_figure(plan, grid).axes
+    frontiers = [frontier for frontier in grid.frontiers if len(set(frontier.head_scales)) > 1]
     drawn = [line for line in axes.lines if line.get_color() in figures.RUN_COLOURS]
-    for frontier, line, crosses in zip(grid.frontiers, drawn[::2], drawn[1::2], strict=True):
+    for frontier, line, crosses in zip(frontiers, drawn[::2], drawn[1::2], strict=True):
         heights = list(line.get_ydata())
         for column, widest in enumerate(frontier.head_scales):
             left, right = heights[2 * column : 2 * column + 2]
@@ -514,6 +515,19 @@ def test_frontiers_run_above_the_heads_that_fit_and_below_those_that_do_not(plan
     assert [float(number) for number in numbers] == pytest.approx(
         [peak / 1e6 for row in grid.peak_bytes for peak in row], rel=0.006
     )
+
+
+def test_tiers_that_all_or_nothing_fits_are_named_and_have_no_line() -> None:
+    plan = sample_plan((64, 10**6), infeasible_mb=4, tier_names=("weak", "a" * 50))
+    grid = plan.trade_off
+    assert grid is not None
+    caption = trade_off_caption(plan, grid)
+    assert f"All of it fits {'a' * 23}…. None of it fits 4MB. The peaks are predicted, or measured" in caption
+    drawing = figures.svg_text(trade_off_figure(plan, grid), "t")
+    assert "weak: widest head in 64.0 MB" in drawing
+    assert "4MB: widest" not in drawing
+    assert "aaa" not in drawing
+    assert trade_off_caption(as_predicted(plan), grid).endswith("The peaks are predicted.")
 
 
 def test_numbers_of_a_trade_off_are_not_crossed_and_stay_in_their_cells(plan: Plan) -> None:
