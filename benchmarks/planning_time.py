@@ -47,7 +47,7 @@ def commands() -> list[dict[str, object]]:
                     env=environment,
                 )
                 seconds = round(time.perf_counter() - began, 2)
-                rows.append({"run": name, "shell_to_prompt_s": seconds, "says": done.stdout.splitlines()[0]})
+                rows.append({"run": name, "shell_to_prompt_s": seconds, "says": done.stderr.strip()})
                 print(rows[-1], flush=True)
     return rows
 

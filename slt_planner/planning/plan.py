@@ -160,8 +160,8 @@ class TradeOff(Record):
     `peak_bytes` has a row a freeze depth K_F and a column a head scale s, of the configuration (K_F, K_F + 1, s).
     """
 
-    freeze_depths: tuple[int, ...]
-    head_scales: tuple[float, ...]
+    freeze_depths: tuple[int, ...] = Field(min_length=1)
+    head_scales: tuple[float, ...] = Field(min_length=1)
     peak_bytes: tuple[tuple[int, ...], ...]
     frontiers: tuple[Frontier, ...]
 
@@ -169,6 +169,8 @@ class TradeOff(Record):
     def _is_a_grid(self) -> "TradeOff":
         if [len(self.head_scales)] * len(self.freeze_depths) != [len(row) for row in self.peak_bytes]:
             raise ValueError("a trade-off has a row a freeze depth and a column a head scale")
+        if any(axis != sorted(set(axis)) for axis in (list(self.freeze_depths), list(self.head_scales))):
+            raise ValueError("a trade-off's freeze depths and head scales ascend")
         if any(len(frontier.head_scales) != len(self.freeze_depths) for frontier in self.frontiers):
             raise ValueError("a frontier has a head scale a freeze depth")
         return self
@@ -206,6 +208,8 @@ class Plan(Record):
             raise ValueError("no tier is feasible")
         if self.step.micro_batch is not None and self.step.micro_batch > self.batch_size:
             raise ValueError("step.micro_batch is larger than batch_size")
+        if self.trade_off and not {f.tier for f in self.trade_off.frontiers} <= {tier.name for tier in self.tiers}:
+            raise ValueError("the trade-off names a tier that the plan does not have")
         return self
 
     def _check_tier(self, tier: TierPlan) -> None:
