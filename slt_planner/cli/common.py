@@ -1,5 +1,6 @@
 """What all commands share: consoles, and errors told in one line with the right exit code."""
 
+import gc
 import shlex
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def consoles(json_output: bool) -> tuple[Console, Console]:
 
 def run(app: typer.Typer, name: str) -> None:
     """Run a command line; an error of the user's becomes one line on stderr and its exit code."""
+    gc.set_threshold(50_000)  # torch's import makes many objects and no garbage
     sys.exit(_exit_code(typer.main.get_command(app), name))
 
 

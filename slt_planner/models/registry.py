@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -56,7 +55,7 @@ def _fixed_size(build: Callable[..., nn.Module], shape: Shape, classes: int) -> 
 
 def _small_vit(shape: Shape, classes: int) -> nn.Module:
     """Six blocks of three heads, 192 channels, patches of 4x4: 1.8 million parameters at 32x32."""
-    return torchvision.models.VisionTransformer(
+    return _torchvision().VisionTransformer(
         image_size=shape[-1], patch_size=4, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=384, num_classes=classes
     )
 
@@ -71,7 +70,7 @@ def model_names() -> tuple[str, ...]:
 
 def torchvision_names() -> tuple[str, ...]:
     """torchvision's classification, segmentation, video and detection networks."""
-    models = torchvision.models
+    models = _torchvision()
     kinds = (models, models.segmentation, models.video, models.detection)
     return tuple(name for kind in kinds for name in models.list_models(module=kind))
 
@@ -138,6 +137,9 @@ def load_model(
         return build()
 
 
+_RANDOM = (torch.Tensor.uniform_, torch.Tensor.normal_)
+
+
 class Weightless(TorchFunctionMode):
     """While this is on, ``torch.empty`` (where layers' parameters come from) gives tensors without storage.
 
@@ -150,7 +152,16 @@ class Weightless(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.empty:
             kwargs = {**kwargs, "device": "meta"}
+        elif func in _RANDOM and args[0].is_meta:
+            return args[0]  # there is nothing to fill, and torch would import its compiler for that
         return func(*args, **kwargs)
+
+
+def _torchvision() -> Any:
+    """torchvision's networks, imported when one is asked for: it takes as long as torch itself."""
+    import torchvision
+
+    return torchvision.models
 
 
 def _torchvision_entry(name: str) -> ModelEntry:
@@ -167,7 +178,7 @@ def _torchvision_entry(name: str) -> ModelEntry:
 
 
 def _is_a(name: str, kind: str) -> bool:
-    return name in torchvision.models.list_models(module=getattr(torchvision.models, kind))
+    return name in _torchvision().list_models(module=getattr(_torchvision(), kind))
 
 
 def _build_torchvision(name: str, shape: Shape, classes: int) -> nn.Module:
@@ -180,7 +191,7 @@ def _build_torchvision(name: str, shape: Shape, classes: int) -> nn.Module:
         arguments["input_size"] = shape[-2:]
     elif name in _AUXILIARY_WEIGHTS:
         arguments["init_weights"] = True
-    model = torchvision.models.get_model(name, weights=None, **arguments)
+    model = _torchvision().get_model(name, weights=None, **arguments)
     adapter = _torchvision_adapter(name, classes)
     if adapter is not None:
         model.slt_adapter = adapter
