@@ -72,7 +72,7 @@ def plan(name: str, larger: float) -> dict[str, object]:
     graph = slt.trace(model, shape)
     traced = time.perf_counter()
     spec = slt.StepSpec(batch_size=batch)
-    whole = slt.solve(graph, ["1PiB"], spec, verify=False).full_network.peak_bytes
+    whole = slt.solve(graph, ["1000000GB"], spec, verify=False).full_network.peak_bytes
     looked: dict[str, int] = {}
 
     def tell(what: str, done: int, of: int | None) -> None:

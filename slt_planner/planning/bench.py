@@ -1,6 +1,7 @@
 """What steps of one network need: foreseen first, measured where a plan is to be proven. A measurement decides."""
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from slt_planner.config import Config, StepSpec
 from slt_planner.errors import InputError, UnsupportedLayerError
@@ -14,6 +15,7 @@ from slt_planner.memory.step import as_trained
 from slt_planner.planning.search import SearchSpace
 from slt_planner.submodel.extract import extract
 
+_AnswerT = TypeVar("_AnswerT")
 Progress = Callable[[str, int, int | None], None]
 """Told what is done (``searching`` or ``measuring``), how many steps were looked at, and of how many, if known."""
 
@@ -35,19 +37,22 @@ class Bench:
         cuda.check(spec.device)
         self.graph, self.spec = graph, spec
         self._measuring, self._progress = measuring, progress
-        self._forecaster = self._made_forecaster()
         self._measured: dict[Config, MemoryProfile] = {}
         self._asked: set[Config] = set()
+        self._forecaster: Forecaster | None = Forecaster(graph, spec)
+        self._foreseen(lambda forecaster: forecaster.forecast(self.whole))
 
-    def _made_forecaster(self) -> Forecaster | None:
-        forecaster = Forecaster(self.graph, self.spec)
+    def _foreseen(self, ask: Callable[[Forecaster], _AnswerT]) -> _AnswerT | None:
+        """What the forecaster says; None, from then on, if a step turns out to be one that it cannot foresee."""
+        if self._forecaster is None:
+            return None
         try:
-            forecaster.forecast(self.whole)
+            return ask(self._forecaster)
         except UnsupportedLayerError as error:
             if not self._measuring:
                 raise InputError(f"the steps of this network can only be measured: {error}") from error
+            self._forecaster = None
             return None
-        return forecaster
 
     @property
     def predicts(self) -> bool:
@@ -69,23 +74,21 @@ class Bench:
 
     def _at_least(self, config: Config) -> int:
         """The tensor ruler: the allocator's needs scratch memory beside."""
-        if config in self._measured or self._forecaster is None:
-            return self.peak(config)
         self._count(config)
-        return self._forecaster.forecast(config).tensor_peak_bytes
+        if config not in self._measured:
+            forecast = self._foreseen(lambda forecaster: forecaster.forecast(config))
+            if forecast is not None:
+                return forecast.tensor_peak_bytes
+        return self.peak(config)
 
     def profile(self, config: Config) -> MemoryProfile:
         """The step of a configuration: as measured, if it was, or as predicted."""
-        if config in self._measured:
-            return self._measured[config]
-        if self._forecaster is None:
-            return self.measure(config)
         self._count(config)
-        return self._forecaster.profile(config)
+        return self._measured.get(config) or self.predicted(config) or self.measure(config)
 
     def predicted(self, config: Config) -> MemoryProfile | None:
         """The step as predicted; None for a network that cannot be foreseen."""
-        return None if self._forecaster is None else self._forecaster.profile(config)
+        return self._foreseen(lambda forecaster: forecaster.profile(config))
 
     def measured(self, config: Config) -> MemoryProfile | None:
         """The step as measured, if it was."""
@@ -108,14 +111,13 @@ class Bench:
 
     def detailed(self, config: Config) -> MemoryProfile:
         """The step's profile with a row a unit, and the moment of its peak."""
-        if self._forecaster is None:
-            return self._run(config, details=True)
-        return self._forecaster.detailed(config)
+        return self._foreseen(lambda forecaster: forecaster.detailed(config)) or self._run(config, details=True)
 
     def costs(self, config: Config) -> StepCosts:
         """What a client computes and sends in a step's round."""
-        if self._forecaster is not None:
-            return self._forecaster.forecast(config).costs
+        forecast = self._foreseen(lambda forecaster: forecaster.forecast(config))
+        if forecast is not None:
+            return forecast.costs
         sub = as_trained(extract(self.graph, None, config, self.spec.norms), self.spec)
         return step_costs(sub, training_flops(sub))
 

@@ -9,12 +9,12 @@ from slt_planner.planning.plan import Frontier, TradeOff
 from slt_planner.planning.search import largest_scale
 
 _MOST_DEPTHS = 10
-_MOST_SCALES = 8
+_MOST_SCALES = 6
 _T = TypeVar("_T")
 
 
 def trade_off(bench: Bench, tiers: Sequence[Tier]) -> TradeOff:
-    """The peaks of (K_F, K_F + 1, s) on a grid of at most 10 freeze depths and 8 head scales, and a frontier a tier."""
+    """The peaks of (K_F, K_F + 1, s) on a grid of at most 10 freeze depths and 6 head scales, and a frontier a tier."""
     space = bench.space()
     depths = _spread(range(space.depth), _MOST_DEPTHS)
     scales = _spread(space.scales(1), _MOST_SCALES)
