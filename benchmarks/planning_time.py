@@ -19,7 +19,8 @@ from pathlib import Path
 RESULT = Path(__file__).parent / "results" / "planning_time.json"
 COMMAND = ("resnet20", "--budgets", "64,128,256MB", "--force")
 DEPTHS = (20, 56, 110, 218)
-SHARES = (0.3, 0.6, 1.1)
+SHARES = {"resnet152": (0.6, 0.8, 1.1)}
+OTHER_SHARES = (0.3, 0.6, 1.1)
 """Of what the whole network needs: two budgets with a schedule, and one that needs none."""
 
 
@@ -79,7 +80,7 @@ def plan(name: str, larger: float) -> dict[str, object]:
         looked[what] = done
 
     solving = time.perf_counter()
-    tiers = [f"{int(share * larger * whole)}B" for share in SHARES]
+    tiers = [f"{int(share * larger * whole)}B" for share in SHARES.get(name, OTHER_SHARES)]
     solved = slt.solve(graph, tiers, spec, verify=False, progress=tell)
     return {
         "units": graph.depth,
