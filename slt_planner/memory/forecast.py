@@ -40,8 +40,6 @@ class Forecaster:
         self._unsaved: dict[str, str] = {}
         self._last: tuple[Config, SimulatedStep] | None = None
         self._step = digest(f"{graph.hash} {self._spec.model_dump_json()}") if _is_open(graph) else None
-        self.learned = 0
-        """Operators that were run to learn their scratch memory."""
 
     def forecast(self, config: Config) -> Forecast:
         """What can be foreseen without running an operator: maybe all but the profile.
@@ -64,7 +62,7 @@ class Forecaster:
 
     def detailed(self, config: Config) -> MemoryProfile:
         """The step as far as it is known, with a row a unit and the unit of its peak; nothing is run."""
-        key = f"{config_key(config)} detailed"
+        key = f"{_config_key(config)} detailed"
         text = self._kept().get(key)
         if text:
             return MemoryProfile.model_validate_json(text)
@@ -81,7 +79,7 @@ class Forecaster:
             self._unsaved = {}
 
     def _remembered(self, config: Config) -> Forecast | None:
-        text = self._kept().get(config_key(config))
+        text = self._kept().get(_config_key(config))
         return Forecast.model_validate_json(text) if text else None
 
     def _kept(self) -> Mapping[str, str]:
@@ -97,7 +95,6 @@ class Forecaster:
                 step = self._simulated(config)
                 missing = missing_operators(step, known.growths(self._spec.device, self._threads))
                 runs = list(learn(list(missing.values()), self._spec.device, self._threads))
-                self.learned += len(missing)
                 if all(run.as_foreseen for run in runs):
                     break
                 self._made.clear()  # made with outputs that turned out to be others
@@ -116,11 +113,11 @@ class Forecaster:
 
     def _note(self, config: Config, forecast: Forecast) -> Forecast:
         self._made[config] = forecast
-        self._unsaved[config_key(config)] = forecast.model_dump_json(exclude_none=True)
+        self._unsaved[_config_key(config)] = forecast.model_dump_json(exclude_none=True)
         return forecast
 
 
-def config_key(config: Config) -> str:
+def _config_key(config: Config) -> str:
     """A configuration as text, exactly."""
     return f"{config.freeze_depth} {config.full_depth} {config.head_scale!r}"
 

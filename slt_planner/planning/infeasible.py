@@ -60,7 +60,7 @@ def largest_batch(graph: ModelGraph, spec: StepSpec, budget: int) -> int | None:
 
     def bench(batch: int) -> Bench:
         if batch not in benches:
-            benches[batch] = Bench(graph, spec.model_copy(update={"batch_size": batch}), measuring=False)
+            benches[batch] = Bench(graph, spec.settings.with_batch(batch), measuring=False)
         return benches[batch]
 
     def has_schedule(batch: int) -> bool:

@@ -216,3 +216,12 @@ def test_a_stronger_tier_follows_the_weakest():
         )
     with pytest.raises(InputError, match="budgets alone, or tiers alone"):
         solve(GRAPH, ["1MB", Tier(name="a", budget_bytes=full, share=0.5)], SPEC)
+
+
+def test_the_largest_batch_of_a_step_in_micro_batches_is_looked_for_among_steps_that_exist():
+    """Batches down to 2, with micro-batches of 3: the smaller ones run at once."""
+    spec = StepSpec(batch_size=6, micro_batch=3, norms="running")
+    floor = solve(GRAPH, ["1GB", "1kB"], spec, verify=False).tiers[0].smallest_budget_bytes
+    budget = Tier(name="one", budget_bytes=floor - 1, share=1.0)
+    with pytest.raises(InfeasibleError, match=r"the largest batch within this one [2-5] "):
+        solve(GRAPH, [budget], spec, verify=False)
