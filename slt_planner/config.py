@@ -1,6 +1,6 @@
 """The frozen records that everything else speaks in: Config, StepSpec, Tier. No torch here."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -11,6 +11,8 @@ Norms = Literal["static", "running"]
 Metric = Literal["accuracy", "mean_iou"]
 Granularity = Literal["layer", "block"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
+LeanLever = Literal["in_place_prefix", "copied_cuts", "lean_norms", "early_updates", "split_convolutions", "recompute"]
+"""How a training step is run in less memory without changing what it computes (docs/levers.md)."""
 MAX_BATCH = 2**16
 
 
@@ -66,7 +68,7 @@ class StepSettings(Record):
 
     `precision` is of weights, gradients and batch alike (fp32, bf16), or fp32 with a bf16 forward pass (autocast).
     `micro_batch` is how many samples at most run forward and backward at once, their gradients added up before the
-    optimizer steps; None is the whole batch.
+    optimizer steps; None is the whole batch. `levers` say how the step is run, in the order of `LeanLever`.
     """
 
     optimizer: Optimizer = Optimizer()
@@ -78,6 +80,18 @@ class StepSettings(Record):
     norms: Norms = "static"
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = Field(default=None, ge=1, le=1024)
+    levers: tuple[LeanLever, ...] = ()
+
+    @field_validator("levers")
+    @classmethod
+    def _levers_in_order(cls, value: tuple[LeanLever, ...]) -> tuple[LeanLever, ...]:
+        return tuple(lever for lever in get_args(LeanLever) if lever in value)
+
+    @model_validator(mode="after")
+    def _updates_once(self) -> "StepSettings":
+        if self.micro_batch is not None and "early_updates" in self.levers:
+            raise ValueError("early_updates: with micro-batches gradients are added up first; leave one of them out")
+        return self
 
     @field_validator("optimizer", mode="before")
     @classmethod

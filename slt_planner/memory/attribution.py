@@ -32,11 +32,12 @@ class Attribution:
         self._enters: list[tuple[int, int]] = [(0, 0)]  # from this autograd sequence number on: this unit
         self._unit_of: dict[int, int] = {}
         self._in_optimizer = False
+        self._updating = False
         self._by_parameters = False
 
     def begin(
         self, module: nn.Module, optimizer: torch.optim.Optimizer | None, by_parameters: bool = False
-    ) -> RemovableHandle | None:
+    ) -> list[RemovableHandle]:
         """The steps that follow are those of this module and optimizer, whose state must be there.
 
         With `by_parameters` a unit is entered with the first operator that takes one of its parameters; otherwise when
@@ -48,7 +49,12 @@ class Attribution:
             for name, parameter in module.named_parameters():
                 for tensor in (parameter, *state_of(optimizer, parameter)):
                     self._unit_of[id(tensor)] = units[name]
-        return optimizer.register_step_pre_hook(self._begin_optimizer) if optimizer else None
+        if optimizer is None:
+            return []
+        return [
+            optimizer.register_step_pre_hook(self._begin_update),
+            optimizer.register_step_post_hook(self._end_update),
+        ]
 
     @property
     def unit(self) -> int:
@@ -59,6 +65,11 @@ class Attribution:
     def in_optimizer(self) -> bool:
         """The optimizer's part of the step has begun."""
         return self._in_optimizer
+
+    @property
+    def updating(self) -> bool:
+        """The optimizer is at work, in its own part of the step or in the backward pass."""
+        return self._updating
 
     def following(self, module: nn.Module) -> AbstractContextManager[None]:
         """While this lasts, forward passes of the module are followed from unit to unit."""
@@ -101,8 +112,12 @@ class Attribution:
             return self._unit_of.get(id(node.variable), self._unit)
         return self._enters[bisect_right(self._enters, number, key=lambda entry: entry[0]) - 1][1]
 
-    def _begin_optimizer(self, *_: Any) -> None:
-        self._in_optimizer = True
+    def _begin_update(self, *_: Any) -> None:
+        self._updating = True
+        self._in_optimizer = torch._C._current_autograd_node() is None
+
+    def _end_update(self, *_: Any) -> None:
+        self._updating = False
 
 
 def unit_rows(

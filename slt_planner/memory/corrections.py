@@ -53,6 +53,11 @@ def _others_in_format_of(*arguments: int) -> _Correction:
     return formatted
 
 
+def _as_asked(mask: int) -> _Correction:
+    """Gradients that are not asked for are not made."""
+    return lambda args, outputs: tuple(o if wanted else None for o, wanted in zip(outputs, args[mask], strict=True))
+
+
 def _both(one: _Correction, other: _Correction) -> _Correction:
     return lambda args, outputs: other(args, one(args, outputs))
 
@@ -63,7 +68,9 @@ _CORRECTIONS: dict[OpOverload, _Correction] = {
     torch.ops.aten.native_batch_norm.default: _both(_as_image(0), _others_in_format_of(1, 2, 3, 4)),
     torch.ops.aten.native_group_norm.default: _others_in_format_of(1, 2),
     torch.ops.aten.native_layer_norm.default: _others_in_format_of(2, 3),
-    torch.ops.aten.native_batch_norm_backward.default: _both(_as_image(1), _others_in_format_of(2)),
+    torch.ops.aten.native_batch_norm_backward.default: _both(
+        _as_asked(9), _both(_as_image(1), _others_in_format_of(2))
+    ),
     torch.ops.aten.native_group_norm_backward.default: _both(_first_in_format_of(1), _others_in_format_of(4)),
     torch.ops.aten.native_layer_norm_backward.default: _both(_contiguous_first, _others_in_format_of(5)),
     torch.ops.aten._log_softmax_backward_data.default: _contiguous_first,

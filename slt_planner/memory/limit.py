@@ -124,8 +124,7 @@ class _Guard(TorchDispatchMode):
             self._follow(tensor)
         optimizer = next((entry for entry in held if isinstance(entry, torch.optim.Optimizer)), None)
         modules = [entry for entry in held if isinstance(entry, SubModel)]
-        hooks = [self._attribution.begin(module, optimizer, by_parameters=True) for module in modules]
-        return [hook for hook in hooks if hook is not None]
+        return [hook for module in modules for hook in self._attribution.begin(module, optimizer, by_parameters=True)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

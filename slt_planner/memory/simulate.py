@@ -191,7 +191,7 @@ class _Watch(TorchDispatchMode):
 
     def _item(self) -> float:
         """The optimizer's count of steps is the only value that a step may look at."""
-        if not (self._preparing or self._attribution.in_optimizer):
+        if not (self._preparing or self._attribution.updating):
             raise UnsupportedLayerError("the step looks at values; measure such steps, do not predict them")
         return 1.0
 

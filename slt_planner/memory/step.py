@@ -53,9 +53,14 @@ def training_step(
     optimizer steps once. Where the loss is a mean over samples (`Adapter.loss_is_mean`) the gradients are the batch's
     own, but for the order of sums. Batch norm is then ghost batch norm (arXiv 1705.08741): its statistics are those of
     a piece, and running ones move once a piece. Random masks are drawn piece by piece.
+
+    With the lever ``early_updates`` a parameter is updated as soon as its gradient is there, and the gradient goes.
     """
     optimizer.zero_grad(set_to_none=step.set_to_none)
     pieces = step.pieces(len(batch))
+    if "early_updates" in step.levers:
+        with _early_updates(optimizer):
+            return _add_gradients(model, batch, labels, step, adapter)
     if len(pieces) == 1:
         loss = _add_gradients(model, batch, labels, step, adapter)
     else:
@@ -67,6 +72,33 @@ def training_step(
             begin += size
     optimizer.step()
     return loss
+
+
+@contextmanager
+def _early_updates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While this lasts, a backward pass updates each parameter when its gradient is complete, and frees that."""
+    groups = optimizer.param_groups
+    handles = []
+
+    def updating(group: dict[str, Any]) -> Callable[[Tensor], None]:
+        def update(parameter: Tensor) -> None:
+            optimizer.param_groups = [{**group, "params": [parameter]}]
+            try:
+                optimizer.step()
+            finally:
+                optimizer.param_groups = groups
+            parameter.grad = None
+
+        return update
+
+    for group in groups:
+        update = updating(group)
+        handles += [parameter.register_post_accumulate_grad_hook(update) for parameter in group["params"]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _add_gradients(
@@ -88,11 +120,16 @@ def _precision(step: StepSettings) -> AbstractContextManager[Any]:
 
 
 def as_trained(model: ModuleT, step: StepSettings) -> ModuleT:
-    """The module with its weights in the step's number format and memory format, in place.
+    """The module with its weights in the step's number format and memory format, and its levers in use, in place.
 
     Raises:
         UnsupportedLayerError: a sub-model's program makes tensors of fp32, and the step is in another format.
+        InputError: levers that rewrite a program, and the module is no sub-model.
     """
+    if isinstance(model, SubModel):
+        model.use_levers(step.levers)
+    elif {*step.levers} - {"early_updates"}:
+        raise InputError(f"{', '.join(step.levers)}: these levers are for sub-models; extract one from the network")
     if step.precision == "bf16" and isinstance(model, SubModel) and (fixed := model.first_call_in(torch.float32)):
         raise UnsupportedLayerError(f"{fixed}: makes tensors of fp32 whatever it is given; use autocast, not bf16")
     model = model.to(dtype=dtype(step))
@@ -174,6 +211,8 @@ class SteadyStep:
         for parameter in self._trained:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
+        if "early_updates" in self._spec.levers:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def run(self, at_end: Callable[[Mapping[Category, list[Tensor]]], None]) -> None:
         """One step; `at_end` is given the tensors that are there when it is done, before the batch goes."""

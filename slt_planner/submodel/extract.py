@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
-from slt_planner.config import Config, Norms
+from slt_planner.config import Config, LeanLever, Norms
 from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Cut, Index
+from slt_planner.submodel.lean_operators import recomputing
+from slt_planner.submodel.lean_program import Piece, in_pieces, lean_program
 from slt_planner.submodel.program import with_cuts, with_norms, with_unit_marks
 from slt_planner.submodel.slices import shape_of, take
 
@@ -56,10 +59,27 @@ class SubModel(nn.Module):
         for fqn, tensor in tensors.items():
             _put_tensor(self, fqn, tensor, persistent=fqn in stored)
         self._programs = _Programs(programs)
-        self._forwards: dict[bool, Forward] = {}
+        self._forwards: dict[bool, list[Forward]] = {}
+        self._levers: tuple[LeanLever, ...] = ()
         self.train()
 
-    def _compiled(self, program: fx.Graph) -> Forward:
+    def use_levers(self, levers: tuple[LeanLever, ...]) -> None:
+        """Run training steps in less memory, as these levers say; what is computed stays the same."""
+        self._levers, self._forwards = levers, {}
+
+    def _compiled(self, mode: bool, enter: Callable[[int], None] | None = None) -> list[Forward]:
+        """The functions that make a forward pass, one after the other, each from what the one before it gives."""
+        program = self._programs.by_mode[mode]
+        if not (mode and self._levers):
+            return [self._function(program, enter)]
+        program = lean_program(program, self, self._levers)
+        if "recompute" not in self._levers:
+            return [self._function(program, enter)]
+        return [_recomputed(self._function(piece.graph, enter), piece) for piece in in_pieces(program, self)]
+
+    def _function(self, program: fx.Graph, enter: Callable[[int], None] | None) -> Forward:
+        if enter is not None:
+            program = with_unit_marks(program, enter)
         # Only the function is kept, made from the weightless skeleton: a GraphModule is in a reference cycle and what
         # it holds would wait for the garbage collector.
         return type(fx.GraphModule(self.extraction.graph.skeleton, program)).forward
@@ -71,15 +91,17 @@ class SubModel(nn.Module):
     def run_traced(self, *inputs: Any) -> Any:
         """The part that was traced and cut; usually all of the network."""
         if self.training not in self._forwards:
-            self._forwards[self.training] = self._compiled(self._programs.by_mode[self.training])
-        outputs = self._forwards[self.training](self, *inputs)
+            self._forwards[self.training] = self._compiled(self.training)
+        outputs = inputs
+        for forward in self._forwards[self.training]:
+            outputs = forward(self, *outputs)
         return pytree.tree_unflatten(list(outputs), self.extraction.graph.programs[self.training].structure)
 
     @contextmanager
     def following_units(self, enter: Callable[[int], None]) -> Iterator[None]:
         """While this lasts, `enter` is called with a unit's number whenever a forward pass comes to it."""
         plain = self._forwards
-        self._forwards = {m: self._compiled(with_unit_marks(p, enter)) for m, p in self._programs.by_mode.items()}
+        self._forwards = {mode: self._compiled(mode, enter) for mode in self._programs.by_mode}
         try:
             yield
         finally:
@@ -111,6 +133,19 @@ class SubModel(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """What a client sends back: trained parameters, and buffers beside them, by fqn; views, not copies."""
         return {n: v for n, v in self.held_state().items() if n not in self.extraction.frozen}
+
+
+def _recomputed(function: Forward, piece: Piece) -> Forward:
+    """A piece's function; run again in backward, if the piece is to be."""
+    if not piece.recomputed:
+        return function
+
+    def run(*inputs: Any) -> tuple[Any, ...]:
+        return checkpoint(
+            function, *inputs, use_reentrant=False, context_fn=recomputing, preserve_rng_state=piece.random
+        )
+
+    return run
 
 
 class _Around:

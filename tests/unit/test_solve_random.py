@@ -52,7 +52,7 @@ def networks(draw):
         else:
             layers.append(convolution(channels, wider, 1 if kind == "pointwise" else 3, norm))
         if kind == "pooled":
-            layers.append(nn.MaxPool2d(2))
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # three of them leave one position
         channels = wider
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3))
 

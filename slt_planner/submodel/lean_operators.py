@@ -1,0 +1,331 @@
+"""Operators that compute what plain ones compute, in less memory; without copies where nobody else needs a tensor.
+
+`lean_program` says where that is so (`owned`): a gradient that no other operator holds may be written over.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+PARTS = 8
+"""In how many parts of the batch an operator runs whose scratch memory is to be small."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function: in place, and its gradient from a gradient and what went in.
+
+    `from_output`: the gradient can as well be told from what came out.
+    """
+
+    in_place: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+    from_output: bool = False
+
+
+ACTIVATIONS = {
+    "relu": Activation(torch.relu_, lambda g, x: aten.threshold_backward(g, x, 0), from_output=True),
+    "relu6": Activation(
+        lambda x: F.hardtanh_(x, 0.0, 6.0), lambda g, x: aten.hardtanh_backward(g, x, 0.0, 6.0), from_output=True
+    ),
+    "hardswish": Activation(lambda x: F.hardswish(x, inplace=True), aten.hardswish_backward),
+    "silu": Activation(lambda x: F.silu(x, inplace=True), aten.silu_backward),
+}
+
+Statistics: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""A norm's running mean and variance, and how many batches they are of; None with batch statistics alone."""
+
+_recomputing: ContextVar[bool] = ContextVar("_recomputing", default=False)
+
+
+@contextmanager
+def _recomputation() -> Iterator[None]:
+    token = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(token)
+
+
+def recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for a first run and for its recomputation, in which running statistics do not move again."""
+    return nullcontext(), _recomputation()
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Statistics,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    owned: bool,
+) -> Tensor:
+    """Batch norm by the batch's statistics, and the activation after it: what went in is saved, nothing else so large.
+
+    The activation's gradient is found by norming again, a part of the batch at a time.
+    """
+    mean, variance, count = statistics
+    if _recomputing.get():
+        momentum = 0.0
+    elif count is not None:
+        count.add_(1)
+    return _BatchNorm.apply(x, weight, bias, mean, variance, momentum, eps, activation, owned)
+
+
+def batch_norm_in_place(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Statistics,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """Batch norm and the activation after it, written over what went in; no gradients."""
+    mean, variance, count = statistics
+    if count is not None and training:
+        count.add_(1)
+    kept = (weight.new_empty(x.shape[1] if training else 0) for _ in range(2))
+    names = dict(zip(("save_mean", "save_invstd"), kept, strict=True))
+    aten.native_batch_norm.out(x, weight, bias, mean, variance, training, momentum, eps, out=x, **names)
+    return x if activation is None else ACTIVATIONS[activation].in_place(x)
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor | None,
+        running_variance: Tensor | None,
+        momentum: float,
+        eps: float,
+        activation: str | None,
+        owned: bool,
+    ) -> Tensor:
+        y, mean, inverse = aten.native_batch_norm(x, weight, bias, running_mean, running_variance, True, momentum, eps)
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+        ctx.eps, ctx.activation, ctx.owned = eps, activation, owned
+        return y if activation is None else ACTIVATIONS[activation].in_place(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, inverse = ctx.saved_tensors
+        g = gradient if ctx.owned else gradient.clone()
+        scale = weight * inverse
+        if ctx.activation is not None:
+            _through_activation(g, x, scale, bias - mean * scale, ACTIVATIONS[ctx.activation])
+        wanted = ctx.needs_input_grad
+        rounded = x.dtype in (torch.bfloat16, torch.float16)  # a sum in several steps would lose too much
+        of_x, of_weight, of_bias = aten.native_batch_norm_backward(
+            g, x, weight, None, None, mean, inverse, True, ctx.eps, [rounded, True, True]
+        )
+        if not rounded:
+            of_x = _through_statistics(g, x, scale, mean, inverse, of_weight, of_bias)
+        gradients = (of_x, of_weight, of_bias)
+        return *[g if want else None for g, want in zip(gradients, wanted, strict=False)], *[None] * 6
+
+
+def _through_statistics(
+    g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, inverse: Tensor, of_weight: Tensor, of_bias: Tensor
+) -> Tensor:
+    """The gradient before a norm, written over the one after it: mean and variance depend on what went in, too."""
+    count = x.numel() // x.shape[1]
+    slope = -scale * inverse * of_weight / count
+    shift = -scale * of_bias / count - slope * mean
+    return g.mul_(_along_channels(scale, g)).addcmul_(x, _along_channels(slope, g)).add_(_along_channels(shift, g))
+
+
+def _along_channels(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _through_activation(g: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation: Activation) -> None:
+    """The gradient before an activation, written over the one after it; the activation's input is normed again."""
+    scale, shift = _along_channels(scale, x), _along_channels(shift, x)
+    for own, given in zip(g.chunk(PARTS), x.chunk(PARTS), strict=True):
+        own.copy_(activation.gradient(own, torch.addcmul(shift, given, scale).to(x.dtype)))
+
+
+def add(a: Tensor, b: Tensor, activation: str | None, over: bool, owned: bool) -> Tensor:
+    """A sum and the activation after it; with `over`, written over the first operand."""
+    return _Sum.apply(a, b, activation, over and a.shape == b.shape and a.dtype == b.dtype, owned)
+
+
+def add_in_place(a: Tensor, b: Tensor, activation: str | None) -> Tensor:
+    """A sum and the activation after it, written over the first operand where it is as large; no gradients."""
+    y = a.add_(b) if torch.broadcast_shapes(a.shape, b.shape) == a.shape and a.dtype == b.dtype else a + b
+    return y if activation is None else ACTIVATIONS[activation].in_place(y)
+
+
+class _Sum(Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, activation: str | None, over: bool, owned: bool) -> Tensor:
+        ctx.shapes, ctx.activation, ctx.owned = (a.shape, b.shape), activation, owned
+        if over:
+            ctx.mark_dirty(a)
+        y = a.add_(b) if over else a + b
+        if activation is not None:
+            ACTIVATIONS[activation].in_place(y)
+            ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        g = gradient
+        if ctx.activation is not None:
+            (y,) = ctx.saved_tensors
+            g = gradient if ctx.owned else gradient.clone()
+            for own, given in zip(g.chunk(PARTS), y.chunk(PARTS), strict=True):
+                own.copy_(ACTIVATIONS[ctx.activation].gradient(own, given))
+        of_a, of_b = (
+            g.sum_to_size(shape) if wanted else None
+            for shape, wanted in zip(ctx.shapes, ctx.needs_input_grad, strict=False)
+        )
+        return of_a, of_b, None, None, None
+
+
+def copied_cut(x: Tensor, dim: int, length: int) -> Tensor:
+    """The first entries along a dimension, as a tensor of their own; no gradients."""
+    return x.narrow(dim, 0, length).clone()
+
+
+def with_cut(x: Tensor, dim: int, length: int, owned: bool) -> tuple[Tensor, Tensor]:
+    """A tensor as it is, and a copy of its first entries along a dimension.
+
+    Their gradients are added up in place: that of a plain cut would be as wide as the tensor.
+    """
+    return _WithCut.apply(x, dim, length, owned)
+
+
+class _WithCut(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, length: int, owned: bool) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dim, ctx.length, ctx.owned = x.shape, dim, length, owned
+        return x.view_as(x), copied_cut(x, dim, length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_whole: Tensor | None, of_cut: Tensor | None) -> tuple[Tensor | None, ...]:
+        g = of_whole
+        if of_cut is not None:
+            if g is None:
+                g = of_cut.new_zeros(ctx.shape)
+            elif not ctx.owned:
+                g = g.clone()
+            g.narrow(ctx.dim, 0, ctx.length).add_(of_cut)
+        return g, None, None, None
+
+
+Settings: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+"""A convolution's stride, padding (zeros on both sides), dilation and groups."""
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
+    """A convolution, a part of the batch at a time, forward and backward: scratch memory is that of a part."""
+    (y,) = convolutions(x, [weight], [bias], [settings])
+    return y
+
+
+def convolutions(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], settings: Sequence[Settings]
+) -> tuple[Tensor, ...]:
+    """Convolutions of one tensor, a part of the batch at a time; its gradients are added up where they are made."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+        return _Convolutions.apply(x, settings, *weights, *biases)
+    return tuple(_in_parts(x, *own) for own in zip(weights, biases, settings, strict=True))
+
+
+def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
+    stride, padding, dilation, groups = settings
+    y, places = None, ()
+    for number, part in enumerate(x.chunk(PARTS)):
+        own = torch.convolution(part, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+        if y is None:
+            shape, layout = (len(x), *own.shape[1:]), suggest_memory_format(own)
+            y = torch.empty(shape, dtype=own.dtype, device=own.device, memory_format=layout)
+            places = y.split(len(part))
+        places[number].copy_(own)
+    assert y is not None
+    return y
+
+
+class _Convolutions(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: Sequence[Settings], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        weights, biases = tensors[: len(settings)], tensors[len(settings) :]
+        ctx.save_for_backward(x, *weights)
+        ctx.settings, ctx.bias_sizes = settings, [None if bias is None else list(bias.shape) for bias in biases]
+        return tuple(_in_parts(x, *own) for own in zip(weights, biases, settings, strict=True))  # type: ignore[arg-type]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        wanted = ctx.needs_input_grad[2:]
+        of_tensors: list[Tensor | None] = [None] * len(wanted)
+        first = True
+        for number, (gradient, weight, bias_size, own) in enumerate(
+            zip(gradients, weights, ctx.bias_sizes, ctx.settings, strict=True)
+        ):
+            if gradient is None:
+                continue
+            places = (number, number + len(weights))
+            into = None if of_x is None else (of_x, first)
+            sums = _backward_in_parts(gradient, x, weight, bias_size, own, into, [wanted[place] for place in places])
+            for place, total in zip(places, sums, strict=True):
+                of_tensors[place] = total
+            first = False
+        return of_x, None, *of_tensors
+
+
+def _backward_in_parts(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_size: list[int] | None,
+    settings: Settings,
+    into: tuple[Tensor, bool] | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of weight and bias; that of what went in is written (first True), or added, into a tensor."""
+    stride, padding, dilation, groups = settings
+    places = None if into is None else into[0].chunk(PARTS)
+    sums: list[Tensor | None] = [None, None]
+    for number, (g, own) in enumerate(zip(gradient.chunk(PARTS), x.chunk(PARTS), strict=True)):
+        of_part, *of_rest = aten.convolution_backward(
+            g, own, weight, bias_size, stride, padding, dilation, False, [0] * len(stride), groups,
+            [into is not None, *wanted],
+        )  # fmt: skip
+        if into is not None and places is not None:
+            (places[number].copy_ if into[1] else places[number].add_)(of_part)
+        for place, more in enumerate(of_rest):
+            if wanted[place]:
+                sums[place] = more if (so_far := sums[place]) is None else so_far.add_(more)
+        del of_part, of_rest
+    return sums
