@@ -1,8 +1,9 @@
 """The frozen records that everything else speaks in: Config, StepSpec, Tier. No torch here."""
 
-from typing import Any, Literal, get_args
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from slt_planner.errors import InputError
 from slt_planner.units import LARGEST_BYTES, parse_budgets
@@ -13,6 +14,10 @@ Granularity = Literal["layer", "block"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 LeanLever = Literal["in_place_prefix", "copied_cuts", "lean_norms", "early_updates", "split_convolutions", "recompute"]
 """How a training step is run in less memory without changing what it computes (docs/levers.md)."""
+_LEVER_NAMES = "|".join([*get_args(LeanLever), "channels_last", "bf16", "autocast", r"micro_batches:[1-9]\d{0,4}"])
+Lever = Annotated[str, StringConstraints(pattern=f"^({_LEVER_NAMES})$")]
+"""Anything that makes a step need less memory: a `LeanLever`, or another layout, number format or micro-batch."""
+LeverSet = tuple[Lever, ...]
 MAX_BATCH = 2**16
 
 
@@ -139,6 +144,25 @@ class StepSpec(StepSettings):
     def settings(self) -> StepSettings:
         """The step without its batch size."""
         return StepSettings(**self.model_dump(exclude={"batch_size"}))
+
+    def with_levers(self, levers: Iterable[Lever]) -> "StepSpec":
+        """This step with levers, beside those that it has.
+
+        >>> StepSpec(batch_size=32).with_levers(["recompute", "micro_batches:8"]).micro_batch
+        8
+        """
+        fields = self.model_dump()
+        for lever in levers:
+            if lever == "channels_last":
+                fields["memory_format"] = lever
+            elif lever in ("bf16", "autocast"):
+                fields["precision"] = lever
+            elif lever.startswith("micro_batches:"):
+                fields["micro_batch"] = int(lever.partition(":")[2])
+            else:
+                fields["levers"] = (*fields["levers"], lever)
+        settings = StepSettings.model_validate({name: own for name, own in fields.items() if name != "batch_size"})
+        return settings.with_batch(self.batch_size)
 
 
 class DeviceFigures(Record):

@@ -58,6 +58,13 @@ def plan(
     rounds_policy: Annotated[
         str, typer.Option(help="A stage's rounds: in proportion to its trainable parameters, or equal.")
     ] = "parameters",
+    levers: Annotated[
+        str,
+        typer.Option(
+            help="How steps may run in less memory: auto (a stage uses exact levers where they buy something), none, "
+            "exact (all exact ones, always), or a list such as lean_norms,recompute,micro_batches:8."
+        ),
+    ] = "auto",
     verify: Annotated[
         bool,
         typer.Option(
@@ -111,6 +118,7 @@ def plan(
         policy=chosen(policy, "--policy", get_args(Policy)),
         rounds_policy=chosen(rounds_policy, "--rounds-policy", get_args(RoundsPolicy)),
         map_trade_off=trade_off,
+        levers=levers,
     )
     graph = traced_network(model, shape, num_classes, chosen(granularity, "--granularity", get_args(Granularity)))
     try:
@@ -153,6 +161,7 @@ class _How(TypedDict):
     policy: Policy
     rounds_policy: RoundsPolicy
     map_trade_off: bool
+    levers: str
 
 
 def _solve(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from slt_planner.config import Norms
+from slt_planner.config import LeverSet, Norms
 from slt_planner.data.datasets import load_dataset
 from slt_planner.environment import environment
 from slt_planner.federated.client import LocalTraining, learning_rate
@@ -107,15 +107,13 @@ def run_round(run: Run, state: ServerState) -> tuple[ServerState, RoundRow]:
     began = time.perf_counter()
     settings, strategy, step, number = run.settings, run.strategy, run.plan.step, state.round + 1
     cohort = draw_cohort(run, state)
-    rate = learning_rate(number, settings.rounds, settings.learning_rate, settings.final_learning_rate)
-    training = LocalTraining(step, settings.local_batch, settings.local_epochs, rate, settings.enforce)
     stage, config, log = strategy.stage(state), strategy.evaluation_config(state), RoundLog()
     measured = {
-        tier.name: run.client_peaks[strategy.client_config(state, tier.name)]
+        tier.name: run.client_peaks[strategy.client_step(state, tier.name)]
         for tier in run.plan.tiers
-        if strategy.tier_configs(tier.name)
+        if strategy.tier_steps(tier.name)
     }
-    updates = run_clients(run.graph, state, cohort, run.dataset, step.norms, training, settings.seed, log)
+    updates = run_clients(run.graph, state, cohort, run.dataset, settings.seed, log)
     state = apply(run.graph, state, updates)
     judged = extract(run.graph, state.weights, config, step.norms)
     accuracy, loss = evaluate(judged, run.dataset, step, settings.seed + _EVALUATION_STREAM)
@@ -123,7 +121,7 @@ def run_round(run: Run, state: ServerState) -> tuple[ServerState, RoundRow]:
         round=number,
         stage=stage,
         config=config,
-        learning_rate=rate,
+        learning_rate=local_training(run, state, ()).learning_rate,
         accuracy=accuracy,
         loss=_finite(loss),
         train_loss=_finite(float(np.mean(log.losses))) if log.losses else None,
@@ -145,16 +143,25 @@ def _finite(number: float) -> float | None:
 def draw_cohort(run: Run, state: ServerState) -> Sequence[Assignment]:
     """This round's clients, in the order their updates are folded; those whose tier sits out are not drawn."""
     tiers = run.plan.tiers
-    eligible = [client for client, tier in enumerate(run.tier_of) if run.strategy.tier_configs(tiers[tier].name)]
+    eligible = [client for client, tier in enumerate(run.tier_of) if run.strategy.tier_steps(tiers[tier].name)]
     random = np.random.default_rng([run.settings.seed, _COHORT_STREAM, state.round + 1])
     drawn = random.choice(eligible, size=min(run.settings.cohort_size, len(eligible)), replace=False)
 
     def assignment(client: int) -> Assignment:
         tier = tiers[run.tier_of[client]]
-        config = run.strategy.client_config(state, tier.name)
-        return Assignment(client, config, run.images_of[client], tier.budget_bytes)
+        step = run.strategy.client_step(state, tier.name)
+        training = local_training(run, state, step.levers)
+        return Assignment(client, step.config, training, run.images_of[client], tier.budget_bytes)
 
     return [assignment(int(client)) for client in drawn]
+
+
+def local_training(run: Run, state: ServerState, levers: LeverSet) -> LocalTraining:
+    """How a client of the next round trains with these levers."""
+    settings = run.settings
+    rate = learning_rate(state.round + 1, settings.rounds, settings.learning_rate, settings.final_learning_rate)
+    step = run.step_with(levers).settings
+    return LocalTraining(step, settings.local_batch, settings.local_epochs, rate, settings.enforce)
 
 
 def judge(run: Run, state: ServerState) -> dict[str, object]:
@@ -173,13 +180,13 @@ def judge(run: Run, state: ServerState) -> dict[str, object]:
 
 
 def _empty_result(run: Run, made_on: dict[str, str]) -> RunResult:
-    configs = {config for tier in run.plan.tiers for config in run.strategy.tier_configs(tier.name)}
+    configs = {step.config for tier in run.plan.tiers for step in run.strategy.tier_steps(tier.name)}
     tiers = tuple(
         RunTier(
             name=tier.name,
             budget_bytes=tier.budget_bytes,
             clients=run.tier_of.count(number),
-            takes_part=bool(run.strategy.tier_configs(tier.name)),
+            takes_part=bool(run.strategy.tier_steps(tier.name)),
         )
         for number, tier in enumerate(run.plan.tiers)
     )

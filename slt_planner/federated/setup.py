@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from slt_planner.config import Config, Record
+from slt_planner.config import LeverSet, Record, StepSpec
 from slt_planner.data.datasets import Dataset
 from slt_planner.data.partition import partition
 from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.federated.result import RunSettings
-from slt_planner.federated.strategies.base import ServerState, Strategy, init
+from slt_planner.federated.strategies.base import ClientStep, ServerState, Strategy, init
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.federated.strategies.small import SmallNetwork
 from slt_planner.graph.trace import ModelGraph
@@ -52,8 +52,12 @@ class Run:
     dataset: Dataset
     tier_of: tuple[int, ...]
     images_of: tuple[np.ndarray, ...]
-    client_peaks: Mapping[Config, int]
+    client_peaks: Mapping[ClientStep, int]
     start: ServerState
+
+    def step_with(self, levers: LeverSet) -> StepSpec:
+        """A training step at the local batch."""
+        return step_with(self.plan, self.settings, levers)
 
 
 def default_settings(plan: Plan, dataset: Dataset, clients: int | None) -> Defaults:
@@ -117,7 +121,7 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
     with threads(plan.step):
         strategy = make_strategy(plan, settings, graph)
         tier_of = deal_clients(plan, settings)
-        if not any(strategy.tier_configs(plan.tiers[tier].name) for tier in tier_of):
+        if not any(strategy.tier_steps(plan.tiers[tier].name) for tier in tier_of):
             raise InputError(f"none of the {settings.clients} clients is in a tier that takes part; use more clients")
         images = partition(dataset.train_labels, settings.clients, settings.partition, settings.seed)
         peaks = _client_peaks(plan, settings, graph, strategy)
@@ -151,22 +155,27 @@ def _check_settings(plan: Plan, settings: RunSettings) -> None:
         raise InputError(f"cohort size {settings.cohort_size} is more than the {settings.clients} clients")
 
 
-def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy: Strategy) -> dict[Config, int]:
-    """The measured step of every configuration at the local batch; one over its tier's budget is an error.
+def step_with(plan: Plan, settings: RunSettings, levers: LeverSet) -> StepSpec:
+    """The plan's training step with levers, at the local batch."""
+    return plan.spec.with_levers(levers).settings.with_batch(settings.local_batch)
+
+
+def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy: Strategy) -> dict[ClientStep, int]:
+    """The measured step of everything that is trained, at the local batch; one over its tier's budget is an error.
 
     Where budgets are enforced, its operators are calibrated too.
     """
-    spec = plan.step.with_batch(settings.local_batch)
-    peaks: dict[Config, int] = {}
+    peaks: dict[ClientStep, int] = {}
     for tier in plan.tiers:
-        for config in strategy.tier_configs(tier.name):
-            if config not in peaks:
-                peaks[config] = measure(extract(graph, None, config, spec.norms), spec, details=False).peak_bytes
+        for step in strategy.tier_steps(tier.name):
+            spec = step_with(plan, settings, step.levers)
+            if step not in peaks:
+                peaks[step] = measure(extract(graph, None, step.config, spec.norms), spec, details=False).peak_bytes
             if settings.enforce:
-                calibrate(graph, [config], spec)
-            if peaks[config] > tier.budget_bytes:
+                calibrate(graph, [step.config], spec)
+            if peaks[step] > tier.budget_bytes:
                 raise InfeasibleError(
-                    f"tier {tier.name}: a step of {config} at batch {spec.batch_size} needs "
-                    f"{format_bytes(peaks[config], round_up=True)} on this machine; make the plan again here"
+                    f"tier {tier.name}: a step of {step.config} at batch {spec.batch_size} needs "
+                    f"{format_bytes(peaks[step], round_up=True)} on this machine; make the plan again here"
                 )
     return peaks

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from slt_planner.config import Optimizer, StepSettings, StepSpec
+from slt_planner.config import Config, Optimizer, StepSettings, StepSpec
 from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.adapter import Adapter
+from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.profile import Category
-from slt_planner.submodel.extract import SubModel
+from slt_planner.submodel.extract import SubModel, extract
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -205,6 +206,15 @@ class SteadyStep:
         self._spec, self._adapter = spec, adapter
         self._input_shape, self._num_classes = input_shape, num_classes
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    @classmethod
+    def of(cls, graph: ModelGraph, config: Config, spec: StepSpec) -> "SteadyStep":
+        """That of a configuration of a network, with made-up values; it has run once, so that it is steady."""
+        module = as_trained(extract(graph, None, config, spec.norms).to(spec.device), spec)
+        step = cls(module, spec, graph.input_shape, graph.num_classes, graph.adapter)
+        step.prepare()
+        step.train(*step.example_batch())
+        return step
 
     def prepare(self) -> None:
         """Bring gradients and the optimizer's state into being, as a first step does."""

@@ -1,8 +1,9 @@
 """Why a budget has no schedule: what is missing, where in the step, and what would do."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slt_planner.config import Config, StepSpec
+from slt_planner.config import Config, LeverSet, StepSpec
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.planning.bench import Bench
 from slt_planner.planning.search import NoSchedule, boundary, smallest_budget
@@ -21,8 +22,8 @@ class Infeasibility:
 def explain(bench: Bench, budget: int, outcome: NoSchedule, measuring: bool) -> Infeasibility:
     """Why a budget has no schedule; with `measuring`, the peaks it states are measured."""
     enough = _smallest_budget(bench, measuring)
-    floor = bench.profile(outcome.floor)
-    batch = largest_batch(bench.graph, bench.spec, budget) if bench.predicts else None
+    floor = bench.leanest(outcome.floor).profile(outcome.floor)
+    batch = largest_batch(bench.graph, bench.spec, budget, bench.lever_sets) if bench.predicts else None
     stage = f"stage {outcome.full_depth}" if outcome.full_depth else "the warm-up"
     text = (
         f"{stage} needs {format_bytes(floor.peak_bytes, round_up=True)} even with its narrowest head, "
@@ -36,20 +37,20 @@ def explain(bench: Bench, budget: int, outcome: NoSchedule, measuring: bool) -> 
 def _smallest_budget(bench: Bench, measuring: bool) -> int:
     while True:
         config = smallest_budget(bench.space())
-        if not (measuring and bench.measure_all([config])):
+        if not (bench.measure_least(config) if measuring else bench.examine([config])):
             return bench.peak(config)
 
 
 def _moment(bench: Bench, config: Config) -> str:
     """Where in the step the peak is, in words."""
-    profile = bench.detailed(config)
+    profile = bench.leanest(config).detailed(config)
     operator = profile.peak_operator.removeprefix("aten::")
     unit = f"{profile.unit_name(profile.peak_unit)}, " if profile.peak_unit else ""
     when = f"{profile.peak_phase}, " if profile.peak_phase else ""
     return f" (in {unit}{when}{operator})"
 
 
-def largest_batch(graph: ModelGraph, spec: StepSpec, budget: int) -> int | None:
+def largest_batch(graph: ModelGraph, spec: StepSpec, budget: int, lever_sets: Sequence[LeverSet] = ((),)) -> int | None:
     """The largest batch of 2 or more, below the step's own, with a schedule in this budget, as predicted.
 
     Needs are nearly linear in the batch, so the stage that decides at one batch is asked at the others first: a batch
@@ -60,7 +61,7 @@ def largest_batch(graph: ModelGraph, spec: StepSpec, budget: int) -> int | None:
 
     def bench(batch: int) -> Bench:
         if batch not in benches:
-            benches[batch] = Bench(graph, spec.settings.with_batch(batch), measuring=False)
+            benches[batch] = Bench(graph, spec.settings.with_batch(batch), measuring=False, lever_sets=lever_sets)
         return benches[batch]
 
     def has_schedule(batch: int) -> bool:

@@ -1,13 +1,9 @@
 """Levers of the whole network's training step, and a bench that measures its peak and time with them."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 from typing import TypeAlias
-
-import torch
 
 from slt_planner.config import Config, StepSpec
 from slt_planner.errors import InputError
@@ -15,12 +11,11 @@ from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.measure import measure
 from slt_planner.memory.predict import predict
 from slt_planner.memory.profile import MemoryProfile
-from slt_planner.memory.step import SteadyStep, as_trained
+from slt_planner.memory.step import SteadyStep
 from slt_planner.planning.levers import Alternative, Change, joined
+from slt_planner.planning.step_times import paired_times
 from slt_planner.submodel.extract import extract
 from slt_planner.units import LARGEST_BYTES
-
-_LEAST_PAIRS, _MOST_PAIRS, _ENOUGH_S = 3, 50, 1.0
 
 
 @dataclass(frozen=True)
@@ -158,38 +153,9 @@ class LeverBench:
     def _times(self, spec: StepSpec) -> tuple[float, float]:
         """Median seconds of a step, and its median ratio to the plain one; they run by turns."""
         plain = self._plain_step
-        other = plain if spec == self.spec else self._steady(spec)
-        pairs: list[tuple[float, float]] = []
-        began = time.perf_counter()
-        while len(pairs) < _LEAST_PAIRS or (len(pairs) < _MOST_PAIRS and time.perf_counter() - began < _ENOUGH_S):
-            pairs.append((_seconds(plain), _seconds(other)))
-        ratio = 1.0 if other is plain else median(own / of_plain for of_plain, own in pairs)
-        return median(own for _, own in pairs), ratio
+        other = plain if spec == self.spec else SteadyStep.of(self.graph, self._config, spec)
+        return paired_times(plain, other)
 
     @cached_property
     def _plain_step(self) -> SteadyStep:
-        return self._steady(self.spec)
-
-    def _steady(self, spec: StepSpec) -> SteadyStep:
-        """A step that has run once: what comes with the first is there."""
-        graph = self.graph
-        module = as_trained(extract(graph, None, self._config, spec.norms).to(spec.device), spec)
-        step = SteadyStep(module, spec, graph.input_shape, graph.num_classes, graph.adapter)
-        step.prepare()
-        step.train(*step.example_batch())
-        return step
-
-
-def _seconds(step: SteadyStep) -> float:
-    """How long a step takes, without making its batch."""
-    batch, labels = step.example_batch()
-    _wait_for(step.device)
-    began = time.perf_counter()
-    step.train(batch, labels)
-    _wait_for(step.device)
-    return time.perf_counter() - began
-
-
-def _wait_for(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+        return SteadyStep.of(self.graph, self._config, self.spec)

@@ -1,12 +1,79 @@
-"""What else would let the whole network train within a budget: the records of that. No torch here."""
+"""Levers: which sets of them a planner may use, and what else would let the whole network train. No torch here."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from slt_planner.config import Record, StepSpec
+from slt_planner.config import LeanLever, Lever, LeverSet, Record, StepSpec
+from slt_planner.errors import InputError
 from slt_planner.units import LARGEST_BYTES
+
+_FREE: LeverSet = ("in_place_prefix", "copied_cuts", "lean_norms", "early_updates", "channels_last")
+_SETS: tuple[LeverSet, ...] = (
+    _FREE,
+    (*_FREE, "recompute"),
+    (*_FREE, "split_convolutions"),
+    (*_FREE, "split_convolutions", "recompute"),
+)
+"""Sets of exact levers in the order of what they cost in step time (benchmarks/results/lean_steps.md)."""
+
+EXACT: tuple[Lever, ...] = (*get_args(LeanLever), "channels_last")
+
+
+def lever_sets(asked: str, spec: StepSpec, images: bool) -> tuple[LeverSet, ...]:
+    """The sets of levers that a planner tries, the cheapest first.
+
+    Args:
+        asked: ``none``; ``auto``: sets of exact ones, and no lever; ``exact``: all exact ones, always; or a list with
+            commas: sets of these alone. Levers that are not exact (``bf16``, ``autocast``, ``micro_batches:N``) are
+            used where they are in the list, beside the exact ones.
+        spec: the step; levers that it has already are left out.
+        images: whether the network's input has a layout that can be channels_last.
+
+    Raises:
+        InputError: a lever that does not exist, or two that exclude each other.
+
+    >>> lever_sets("lean_norms,recompute", StepSpec(), images=True)
+    ((), ('lean_norms',), ('lean_norms', 'recompute'))
+    """
+    if asked == "none":
+        return ((),)
+    if asked in ("auto", "exact"):
+        allowed: tuple[Lever, ...] = EXACT
+    else:
+        allowed = tuple(dict.fromkeys(name.strip() for name in asked.split(",")))
+        try:
+            TypeAdapter(LeverSet).validate_python(allowed)
+        except ValidationError as error:
+            wrong = error.errors()[0]["input"]
+            raise InputError(
+                f"--levers {wrong!r}: known are auto, none, exact, or a list of {', '.join(EXACT)}, bf16, autocast, "
+                "micro_batches:N"
+            ) from error
+    present = {*spec.levers, spec.memory_format} | (set() if images else {"channels_last"})
+    if spec.micro_batch is not None:
+        present.add("early_updates")
+    own = tuple(lever for lever in allowed if lever not in EXACT)
+    usable = set(allowed) - present
+    sets: list[LeverSet] = [()]
+    sets += [tuple(lever for lever in exact if lever in usable) for exact in _SETS]
+    sets += [_joined(sets[-1], own[: number + 1]) for number in range(len(own))]
+    sets = list(dict.fromkeys(sets))
+    for levers in sets:
+        try:
+            spec.with_levers(levers)
+        except ValueError as error:
+            raise InputError(f"--levers {asked}: {error}") from error
+    return (sets[-1],) if asked == "exact" else tuple(sets)
+
+
+def _joined(levers: Sequence[Lever], more: Sequence[Lever]) -> LeverSet:
+    """Both; where gradients are added up over micro-batches, nothing is updated early."""
+    together = (*levers, *more)
+    pieces = any(lever.startswith("micro_batches:") for lever in together)
+    return tuple(lever for lever in together if not (pieces and lever == "early_updates"))
+
 
 Change = Literal["batch_statistics", "loss_weights", "number_format", "optimizer"]
 """What a lever changes in the mathematics, the mildest first."""

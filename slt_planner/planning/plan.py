@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slt_planner.config import MAX_BATCH, Config, DeviceFigures, Granularity, Record, StepSettings, StepSpec
+from slt_planner.config import MAX_BATCH, Config, DeviceFigures, Granularity, LeverSet, Record, StepSettings, StepSpec
 from slt_planner.files import read_record, write_text
 from slt_planner.memory.profile import Category, MemoryProfile
 from slt_planner.planning.levers import WhatIf
@@ -52,9 +52,11 @@ class Stage(Record):
 class PlannedStep(Config):
     """A configuration and the peak of its step on the allocator ruler: predicted, measured, or both.
 
-    `predicted_peak_bytes` is None where nothing was predicted, `measured_peak_bytes` in a plan that was not verified.
+    `levers` are those of its step beside the plan's own. `predicted_peak_bytes` is None where nothing was predicted,
+    `measured_peak_bytes` in a plan that was not verified.
     """
 
+    levers: LeverSet = ()
     predicted_peak_bytes: int | None = Field(default=None, gt=0)
     measured_peak_bytes: int | None = Field(default=None, gt=0)
 
@@ -82,13 +84,14 @@ class TierStage(PlannedStep):
     The breakdowns are by category at the peak's moment and add up to it. `upload_bytes` are the trained parameters (and
     their norms' running statistics, if there are any), sent once a round by each client; `download_bytes` every tensor
     that the sub-model holds: what a client that has nothing yet must get (None in plans of older versions).
-    `train_flops_per_sample` counts a multiply and an add as two; the frozen part runs forward only.
+    `train_flops_per_sample` counts a multiply and an add as two; the frozen part runs forward only. `relative_time` is
+    what the levers cost: the time of a step, next to that of the plain one (None: not measured, or no levers).
     """
 
     limited_by: LimitedBy
     predicted_breakdown: dict[Category, int] | None = None
     measured_breakdown: dict[Category, int] | None = None
-    levers: tuple[str, ...] = ()
+    relative_time: float | None = Field(default=None, gt=0)
     trainable_parameters: int = Field(gt=0)
     upload_bytes: int = Field(gt=0)
     download_bytes: int | None = Field(default=None, gt=0)
@@ -180,7 +183,9 @@ class Plan(Record):
     """A schedule for every tier, with the measurements (or predictions) that prove it. Saved as plan.json.
 
     `policy` says whether all tiers share a stage's head scale (``coupled``) or only its full_depth (``per-tier``);
-    `rounds_policy` whether a stage's rounds are in proportion to its trainable parameters or ``equal``.
+    `rounds_policy` whether a stage's rounds are in proportion to its trainable parameters or ``equal``. `lever_sets`
+    are those that a step may use, the cheapest first: a stage has the first with which it fits, and a proof is over
+    budget with the one that makes it least.
     """
 
     schema_version: Literal[1] = 1
@@ -191,6 +196,7 @@ class Plan(Record):
     step: StepSettings
     policy: Policy = "coupled"
     rounds_policy: RoundsPolicy = "parameters"
+    lever_sets: tuple[LeverSet, ...] = Field(default=((),), min_length=1)
     environment: dict[str, str]
     full_network: MemoryProfile
     stages: tuple[Stage, ...] = Field(min_length=1)
@@ -206,6 +212,8 @@ class Plan(Record):
             self._check_tier(tier)
         if not self.feasible_tiers:
             raise ValueError("no tier is feasible")
+        for levers in self.lever_sets:
+            self.spec.with_levers(levers)
         if self.step.micro_batch is not None and self.step.micro_batch > self.batch_size:
             raise ValueError("step.micro_batch is larger than batch_size")
         if self.trade_off and not {f.tier for f in self.trade_off.frontiers} <= {tier.name for tier in self.tiers}:
@@ -228,6 +236,8 @@ class Plan(Record):
                 raise ValueError(f"tier {tier.name}, stage {number}: full_depth is beyond unit {self.model.depth}")
             if stage.peak_bytes > tier.budget_bytes:
                 raise ValueError(f"tier {tier.name}, stage {number}: the peak is over the budget")
+        if not {step.levers for step in (*tier.stages, *tier.proofs)} <= set(self.lever_sets):
+            raise ValueError(f"tier {tier.name}: a stage or proof with levers that the plan does not have")
         for proof in tier.proofs:
             if proof.peak_bytes <= tier.budget_bytes or proof.stage >= len(tier.stages):
                 raise ValueError(f"tier {tier.name}: a proof for stage {proof.stage} that proves nothing")

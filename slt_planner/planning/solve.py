@@ -12,6 +12,7 @@ from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.planning.bench import Bench, Progress, silent
 from slt_planner.planning.infeasible import Infeasibility, explain
+from slt_planner.planning.levers import lever_sets
 from slt_planner.planning.plan import (
     LimitedBy,
     Plan,
@@ -51,6 +52,7 @@ def solve(
     policy: Policy = "coupled",
     rounds_policy: RoundsPolicy = "parameters",
     map_trade_off: bool = False,
+    levers: str = "none",
 ) -> Plan:
     """The largest schedule that fits each tier (METHOD, section 1).
 
@@ -69,6 +71,8 @@ def solve(
         policy: which of a stage's numbers the tiers share.
         rounds_policy: a stage's rounds in proportion to its trainable parameters, or ``equal``.
         map_trade_off: also map what freezing and narrowing buy, where steps can be predicted.
+        levers: how steps may be run in less memory: ``none``, ``auto``, ``exact`` or a list (`levers.lever_sets`). A
+            configuration fits if it does with one of the sets; its stage has the cheapest with which it does.
 
     Raises:
         InputError: a budget that cannot be read, tiers that share a name, a batch of one, or, without `verify`, a
@@ -80,10 +84,17 @@ def solve(
     if spec.threads is None:
         spec = spec.model_copy(update={"threads": torch.get_num_threads()})
     ordered = _ordered_tiers(tiers)
-    with Bench(graph, spec, measuring=verify, progress=progress) as bench:
+    sets = lever_sets(levers, spec, images=len(graph.input_shape) == 3)
+    with Bench(graph, spec, verify, progress, sets) as bench:
         outcomes = _search(bench.space(), ordered, policy)
-        while verify and bench.measure_all([bench.whole, *_claimed(outcomes)]):
+        while (
+            bench.measure_all(_within(ordered, outcomes), [bench.whole, *_over(outcomes)])
+            if verify
+            else bench.examine([bench.whole, *_over(outcomes)])
+        ):
             outcomes = _search(bench.space(), ordered, policy)
+        if verify:
+            bench.plain.measure(bench.whole)
         reasons = {
             tier.name: explain(bench, tier.budget_bytes, outcome, measuring=verify)
             for tier in ordered
@@ -94,7 +105,7 @@ def solve(
         tier_plans = tuple(
             _infeasible(tier, reasons[tier.name])
             if isinstance(outcome := outcomes[tier.name], NoSchedule)
-            else _feasible(tier, outcome, bench)
+            else _feasible(tier, outcome, bench, timed=verify)
             for tier in ordered
         )
         return Plan(
@@ -111,8 +122,11 @@ def solve(
             step=spec.settings,
             policy=policy,
             rounds_policy=rounds_policy,
+            lever_sets=sets,
             environment=environment(spec.threads or 0),
-            full_network=bench.profile(bench.whole).model_copy(update={"units": bench.detailed(bench.whole).units}),
+            full_network=bench.plain.profile(bench.whole).model_copy(
+                update={"units": bench.plain.detailed(bench.whole).units}
+            ),
             stages=_shared_stages(next(tier for tier in tier_plans if tier.stages), rounds_policy),
             tiers=tier_plans,
             trade_off=trade_off(bench, ordered) if map_trade_off and bench.predicts else None,
@@ -160,15 +174,21 @@ def _own_stages(space: SearchSpace, choices: Sequence[StageChoice], budget: int,
         )
 
 
-def _claimed(outcomes: Mapping[str, Outcome]) -> Iterator[Config]:
-    """The configurations whose peaks the outcomes rest on."""
+def _within(tiers: Sequence[Tier], outcomes: Mapping[str, Outcome]) -> Iterator[tuple[Config, int]]:
+    """The configurations that the outcomes say fit, each with its budget."""
+    for tier in tiers:
+        outcome = outcomes[tier.name]
+        if not isinstance(outcome, NoSchedule):
+            yield from ((stage.config, tier.budget_bytes) for stage in outcome)
+
+
+def _over(outcomes: Mapping[str, Outcome]) -> Iterator[Config]:
+    """The configurations that the outcomes say do not fit."""
     for outcome in outcomes.values():
         if isinstance(outcome, NoSchedule):
             yield outcome.floor
         else:
-            for stage in outcome:
-                yield stage.config
-                yield from stage.beyond.values()
+            yield from (config for stage in outcome for config in stage.beyond.values())
 
 
 def _infeasible(tier: Tier, reason: Infeasibility) -> TierPlan:
@@ -181,11 +201,11 @@ def _infeasible(tier: Tier, reason: Infeasibility) -> TierPlan:
     )
 
 
-def _feasible(tier: Tier, stages: Sequence[OwnStage], bench: Bench) -> TierPlan:
+def _feasible(tier: Tier, stages: Sequence[OwnStage], bench: Bench, timed: bool) -> TierPlan:
     return TierPlan(
         **tier.model_dump(),
         status="full" if bench.peak(bench.whole) <= tier.budget_bytes else "scheduled",
-        stages=tuple(_tier_stage(stage, bench) for stage in stages),
+        stages=tuple(_tier_stage(stage, tier.budget_bytes, bench, timed) for stage in stages),
         proofs=tuple(
             _proof(number, kind, config, bench)
             for number, stage in enumerate(stages)
@@ -194,29 +214,36 @@ def _feasible(tier: Tier, stages: Sequence[OwnStage], bench: Bench) -> TierPlan:
     )
 
 
-def _tier_stage(stage: OwnStage, bench: Bench) -> TierStage:
-    predicted, measured = bench.predicted(stage.config), bench.measured(stage.config)
+def _tier_stage(stage: OwnStage, budget: int, bench: Bench, timed: bool) -> TierStage:
+    levers = bench.cheapest(stage.config, budget)
+    assert levers is not None, "the search found that it fits"
+    step = bench.with_levers(levers)
+    predicted, measured = step.predicted(stage.config), step.measured(stage.config)
     return TierStage(
         freeze_depth=stage.config.freeze_depth,
         full_depth=stage.config.full_depth,
         head_scale=stage.config.head_scale,
         limited_by=stage.limited_by,
+        levers=levers,
+        relative_time=bench.relative_time(stage.config, levers) if timed and levers else None,
         predicted_peak_bytes=predicted.peak_bytes if predicted else None,
         predicted_breakdown=predicted.breakdown if predicted else None,
         measured_peak_bytes=measured.peak_bytes if measured else None,
         measured_breakdown=measured.breakdown if measured else None,
-        **bench.costs(stage.config).model_dump(),
+        **step.costs(stage.config).model_dump(),
     )
 
 
 def _proof(stage: int, kind: ProofKind, config: Config, bench: Bench) -> Proof:
-    predicted, measured = bench.predicted(config), bench.measured(config)
+    step = bench.leanest(config)
+    predicted, measured = step.predicted(config), step.measured(config)
     return Proof(
         stage=stage,
         kind=kind,
         freeze_depth=config.freeze_depth,
         full_depth=config.full_depth,
         head_scale=config.head_scale,
+        levers=step.levers,
         predicted_peak_bytes=predicted.peak_bytes if predicted else None,
         measured_peak_bytes=measured.peak_bytes if measured else None,
     )

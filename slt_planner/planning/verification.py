@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from slt_planner.config import Config, Record, StepSpec
+from slt_planner.config import Config, LeverSet, Record, StepSpec
 from slt_planner.planning.plan import Plan, ProofKind
 
 PeakKind = Literal["stage", ProofKind]
@@ -15,6 +15,7 @@ class VerifiedPeak(Record):
     stage: int
     kind: PeakKind
     config: Config
+    levers: LeverSet = ()
     budget_bytes: int
     planned_peak_bytes: int
     measured_peak_bytes: int

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from slt_planner.config import Config, StepSpec
+from slt_planner.config import Config, LeverSet, StepSpec
 from slt_planner.environment import environment
 from slt_planner.memory.measure import measure
 from slt_planner.memory.step import threads
 from slt_planner.planning.network import planned_network
-from slt_planner.planning.plan import Plan
+from slt_planner.planning.plan import Plan, PlannedStep, TierPlan
 from slt_planner.planning.verification import PeakKind, Verification, VerifiedPeak
 from slt_planner.submodel.extract import extract
 
@@ -41,30 +41,30 @@ def verify(
     _, graph = planned_network(plan, model, weights=False)
     spec = plan.spec if device is None else StepSpec.model_validate({**plan.spec.model_dump(), "device": device})
     planned = list(_planned(plan))
-    configs = dict.fromkeys(config for _, _, _, config, _, _ in planned)
-    measured: dict[Config, int] = {}
+    different = dict.fromkeys((step.config, step.levers) for *_, step in planned)
+    measured: dict[tuple[Config, LeverSet], int] = {}
     with threads(spec) as number:
-        for config in configs:
-            measured[config] = measure(extract(graph, None, config, spec.norms), spec, details=False).peak_bytes
-            progress(len(measured), len(configs))
+        for config, levers in different:
+            sub = extract(graph, None, config, spec.norms)
+            measured[config, levers] = measure(sub, spec.with_levers(levers), details=False).peak_bytes
+            progress(len(measured), len(different))
     peaks = tuple(
         VerifiedPeak(
-            tier=tier,
+            tier=tier.name,
             stage=stage,
             kind=kind,
-            config=config,
-            budget_bytes=budget,
-            planned_peak_bytes=peak,
-            measured_peak_bytes=measured[config],
+            config=step.config,
+            levers=step.levers,
+            budget_bytes=tier.budget_bytes,
+            planned_peak_bytes=step.peak_bytes,
+            measured_peak_bytes=measured[step.config, step.levers],
         )
-        for tier, stage, kind, config, budget, peak in planned
+        for tier, stage, kind, step in planned
     )
     return Verification(plan=plan, spec=spec, environment=environment(number), peaks=peaks)
 
 
-def _planned(plan: Plan) -> Iterator[tuple[str, int, PeakKind, Config, int, int]]:
+def _planned(plan: Plan) -> Iterator[tuple[TierPlan, int, PeakKind, PlannedStep]]:
     for tier in plan.feasible_tiers:
-        for number, stage in enumerate(tier.stages):
-            yield tier.name, number, "stage", stage.config, tier.budget_bytes, stage.peak_bytes
-        for proof in tier.proofs:
-            yield tier.name, proof.stage, proof.kind, proof.config, tier.budget_bytes, proof.peak_bytes
+        yield from ((tier, number, "stage", stage) for number, stage in enumerate(tier.stages))
+        yield from ((tier, proof.stage, proof.kind, proof) for proof in tier.proofs)

@@ -19,7 +19,11 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 
 PARTS = 8
-"""In how many parts of the batch an operator runs whose scratch memory is to be small."""
+"""In how many parts of the batch gradients of activations are computed."""
+CONVOLUTION_PARTS = 4
+"""The same of convolutions, which take longer in more parts."""
+SMALLEST_PART_BYTES = 2**17
+"""Parts of a convolution are no smaller than this: their scratch memory does not matter, their number does."""
 
 
 @dataclass(frozen=True)
@@ -259,11 +263,21 @@ def convolutions(
     return tuple(_in_parts(x, *own) for own in zip(weights, biases, settings, strict=True))
 
 
+def _parts(x: Tensor, weight: Tensor) -> int:
+    """In how many parts of the batch a convolution runs; kernels pad few channels of a contiguous image to 16."""
+    channels = max(x.shape[1], len(weight), 16 if x.is_contiguous() else 1)
+    larger = x.numel() // x.shape[1] * channels * x.element_size()
+    return min(CONVOLUTION_PARTS, max(1, larger // SMALLEST_PART_BYTES))
+
+
 def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
     stride, padding, dilation, groups = settings
     y, places = None, ()
-    for number, part in enumerate(x.chunk(PARTS)):
+    parts = x.chunk(_parts(x, weight))
+    for number, part in enumerate(parts):
         own = torch.convolution(part, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+        if len(parts) == 1:
+            return own
         if y is None:
             shape, layout = (len(x), *own.shape[1:]), suggest_memory_format(own)
             y = torch.empty(shape, dtype=own.dtype, device=own.device, memory_format=layout)
@@ -315,9 +329,10 @@ def _backward_in_parts(
 ) -> list[Tensor | None]:
     """The gradients of weight and bias; that of what went in is written (first True), or added, into a tensor."""
     stride, padding, dilation, groups = settings
-    places = None if into is None else into[0].chunk(PARTS)
+    parts = _parts(x, weight)
+    places = None if into is None else into[0].chunk(parts)
     sums: list[Tensor | None] = [None, None]
-    for number, (g, own) in enumerate(zip(gradient.chunk(PARTS), x.chunk(PARTS), strict=True)):
+    for number, (g, own) in enumerate(zip(gradient.chunk(parts), x.chunk(parts), strict=True)):
         of_part, *of_rest = aten.convolution_backward(
             g, own, weight, bias_size, stride, padding, dilation, False, [0] * len(stride), groups,
             [into is not None, *wanted],

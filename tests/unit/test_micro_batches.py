@@ -228,5 +228,5 @@ def test_a_plans_micro_batches_hold_for_smaller_local_batches_too():
         )
         run = prepare(plan, settings, data, load_network(plan, 0, network))
         spec = StepSpec(batch_size=local_batch, micro_batch=4 if local_batch == 8 else None, threads=1)
-        (config,) = run.client_peaks
-        assert run.client_peaks[config] == measure(extract(graph, None, config), spec, details=False).peak_bytes
+        (step,) = run.client_peaks
+        assert run.client_peaks[step] == measure(extract(graph, None, step.config), spec, details=False).peak_bytes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from slt_planner.config import Config, Norms
+from slt_planner.config import Config
 from slt_planner.data.datasets import Dataset
 from slt_planner.federated.client import LocalTraining, client_seed, train_client
 from slt_planner.federated.strategies.base import ServerState
@@ -19,10 +19,11 @@ from slt_planner.submodel.merge import Update
 
 @dataclass(frozen=True)
 class Assignment:
-    """A client of this round's cohort: what it trains, and on which training images."""
+    """A client of this round's cohort: what it trains, how, and on which training images."""
 
     client: int
     config: Config
+    training: LocalTraining
     indices: np.ndarray
     budget_bytes: int
 
@@ -43,8 +44,6 @@ def run_clients(
     state: ServerState,
     cohort: Sequence[Assignment],
     dataset: Dataset,
-    norms: Norms,
-    training: LocalTraining,
     seed: int,
     log: RoundLog,
 ) -> Iterator[Update]:
@@ -55,7 +54,8 @@ def run_clients(
     """
     for assignment in cohort:
         began = time.perf_counter()
-        model = as_trained(extract(graph, state.weights, assignment.config, norms), training.step)
+        training = assignment.training
+        model = as_trained(extract(graph, state.weights, assignment.config, training.step.norms), training.step)
         log.bytes_down += sum(tensor.nbytes for tensor in model.held_state().values())
         own_seed = client_seed(seed, state.round + 1, assignment.client)
         budget = assignment.budget_bytes if training.enforce else None

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from slt_planner.config import Config
+from slt_planner.config import Config, LeverSet
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.submodel.merge import Update, merge
 
@@ -19,10 +19,18 @@ class ServerState:
     weights: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class ClientStep:
+    """What a client trains, and the levers of its step, beside those of the plan's."""
+
+    config: Config
+    levers: LeverSet = ()
+
+
 class Strategy(Protocol):
     """A federated method. Rounds count from 1; a state of `round` r is about to do round r + 1."""
 
-    def tier_configs(self, tier: str) -> tuple[Config, ...]:
+    def tier_steps(self, tier: str) -> tuple[ClientStep, ...]:
         """Everything a client of a tier will ever train; empty if the tier sits out."""
         ...
 
@@ -30,7 +38,7 @@ class Strategy(Protocol):
         """The stage (from 0) of the next round; a method without stages is always in stage 0."""
         ...
 
-    def client_config(self, state: ServerState, tier: str) -> Config:
+    def client_step(self, state: ServerState, tier: str) -> ClientStep:
         """What a client of a tier that takes part trains in the next round."""
         ...
 

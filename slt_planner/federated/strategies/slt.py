@@ -4,7 +4,7 @@ from bisect import bisect_right
 from itertools import accumulate
 
 from slt_planner.config import Config
-from slt_planner.federated.strategies.base import ServerState
+from slt_planner.federated.strategies.base import ClientStep, ServerState
 from slt_planner.planning.plan import Plan
 from slt_planner.planning.rounds import deal_rounds
 
@@ -17,11 +17,13 @@ class SuccessiveLayerTraining:
     """
 
     def __init__(self, plan: Plan, rounds: int) -> None:
-        self._stages = {tier.name: tuple(stage.config for stage in tier.stages) for tier in plan.tiers}
+        self._stages = {
+            tier.name: tuple(ClientStep(stage.config, stage.levers) for stage in tier.stages) for tier in plan.tiers
+        }
         self._stages_taking_part = [self._stages[tier.name] for tier in plan.feasible_tiers]
         self._last_rounds = list(accumulate(deal_rounds(rounds, [s.rounds_fraction for s in plan.stages])))
 
-    def tier_configs(self, tier: str) -> tuple[Config, ...]:
+    def tier_steps(self, tier: str) -> tuple[ClientStep, ...]:
         """The tier's stages; none for an infeasible tier."""
         return self._stages[tier]
 
@@ -29,11 +31,11 @@ class SuccessiveLayerTraining:
         """The stage that the next round belongs to."""
         return min(bisect_right(self._last_rounds, state.round), len(self._last_rounds) - 1)
 
-    def client_config(self, state: ServerState, tier: str) -> Config:
-        """The tier's configuration in this stage."""
+    def client_step(self, state: ServerState, tier: str) -> ClientStep:
+        """The tier's configuration in this stage, with its levers."""
         return self._stages[tier][self.stage(state)]
 
     def evaluation_config(self, state: ServerState) -> Config:
         """The widest that is trained in this stage; where tiers share a head scale it is the same for all."""
         stage = self.stage(state)
-        return max((configs[stage] for configs in self._stages_taking_part), key=lambda config: config.head_scale)
+        return max((steps[stage].config for steps in self._stages_taking_part), key=lambda config: config.head_scale)
