@@ -54,10 +54,10 @@ def main() -> None:
 
 
 def entry_of(networks: list[dict], name: str, graph: slt.ModelGraph, spec: slt.StepSpec) -> dict:
-    """What is kept of a network at this step, or a new entry without answers."""
-    step = spec.model_dump()
+    """What is kept of a network at this step in this environment, or a new entry without answers."""
+    step, here = spec.model_dump(mode="json"), environment(spec.threads or 0)
     for entry in networks:
-        if (entry["model"], entry["step"]) == (name, step):
+        if (entry["model"], entry["step"], entry["environment"]) == (name, step, here):
             return entry
     networks.append(
         {
@@ -65,7 +65,7 @@ def entry_of(networks: list[dict], name: str, graph: slt.ModelGraph, spec: slt.S
             "input_shape": graph.input_shape,
             "units": graph.depth,
             "step": step,
-            "environment": environment(spec.threads or 0),
+            "environment": here,
             "below": None,
             "plans": [],
         }

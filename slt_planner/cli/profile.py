@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -16,6 +16,7 @@ from slt_planner.config import Config, Granularity, StepSpec
 from slt_planner.errors import InputError, UnsupportedLayerError, first_invalid
 from slt_planner.files import check_writable, refuse_existing, write_bytes
 from slt_planner.memory.profile import MemoryProfile, load_profile
+from slt_planner.planning.levers import lever_sets
 from slt_planner.reporting.figures import png_bytes
 from slt_planner.reporting.profile_view import comparison_view, prediction_sentence, profile_view
 from slt_planner.reporting.terminal import DATA_DEPENDENT
@@ -54,6 +55,10 @@ def profile(
     precision: Annotated[str, typer.Option(help="fp32, bf16, or autocast (fp32, forward in bf16).")] = "fp32",
     memory_format: Annotated[str, typer.Option(help="contiguous or channels_last.")] = "contiguous",
     norms: Annotated[str, typer.Option(help="Batch norms: static (batch statistics always) or running.")] = "static",
+    levers: Annotated[
+        str,
+        typer.Option(help="How the step is run in less memory: none, exact (all exact ones), or a list with commas."),
+    ] = "none",
     threads: Annotated[int | None, typer.Option(help="CPU threads; scratch memory depends on them.")] = None,
     device: Annotated[str, typer.Option(help="Where the step is run: cpu or cuda.")] = "cpu",
     input_shape: Annotated[str | None, typer.Option(help="Of one sample, such as 3,64,64.")] = None,
@@ -94,6 +99,8 @@ def profile(
         threads=threads,
         device=device,
     )
+    if levers == "auto":
+        raise InputError("--levers auto is for planning; a step has none, all exact ones (exact), or those of a list")
     shape = None if input_shape is None else numbers(input_shape, "--input-shape")
     units = chosen(granularity, "--granularity", get_args(Granularity))
     if process and no_measure:
@@ -103,10 +110,10 @@ def profile(
         if picture and not (subjects[0].timeline and subjects[0].resident):
             raise InputError(f"{model} has no timeline, so there is no picture of it; leave --picture out")
     else:
-        out = out or Path("profiles") / f"{_file_name(model, units, subjects[0], batch_size)}.json"
+        out = out or Path("profiles") / f"{_file_name(model, units, subjects[0], batch_size, levers)}.json"
         picture = picture or out.with_suffix(".png")
     _check_targets(out, picture, force)
-    request = _Request(model, shape, num_classes, units, spec, not no_measure, process)
+    request = _Request(model, shape, num_classes, units, spec, levers, not no_measure, process)
     profiles, remarks = zip(*_made(request, subjects, progress_console), strict=True)
     if out:
         profiles[0].save(out, force=force)
@@ -159,10 +166,11 @@ def _refuse_step_options(context: typer.Context) -> None:
             )
 
 
-def _file_name(model: str, granularity: Granularity, config: Config, batch_size: int) -> str:
+def _file_name(model: str, granularity: Granularity, config: Config, batch_size: int, levers: str) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[:80] or "network"
     units = "" if granularity == "layer" else f"-{granularity}"
-    return f"{name}{units}-{config.freeze_depth}-{config.full_depth}-{config.head_scale:g}-b{batch_size}"
+    leaner = "" if levers == "none" else f"-{re.sub('[^a-z0-9_]+', '-', levers)[:80]}"
+    return f"{name}{units}-{config.freeze_depth}-{config.full_depth}-{config.head_scale:g}-b{batch_size}{leaner}"
 
 
 def _check_targets(out: Path | None, picture: Path | None, force: bool) -> None:
@@ -186,6 +194,7 @@ class _Request:
     num_classes: int | None
     granularity: Granularity
     spec: StepSpec
+    levers: str
     measured: bool
     process: bool
 
@@ -196,6 +205,9 @@ def _made(
     """The profile of each subject, and what there is to be said of it."""
     configs = [subject for subject in subjects if isinstance(subject, Config)]
     graph = _traced(request, configs) if configs else None
+    if graph is not None:
+        levers = lever_sets(request.levers, request.spec, images=len(graph.input_shape) == 3)[-1]
+        request = replace(request, spec=request.spec.with_levers(levers))
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     made = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from slt_planner.errors import UnsupportedLayerError
 from slt_planner.memory import known
 from slt_planner.memory.corrections import corrected
+from slt_planner.memory.flops import operator_flops
 from slt_planner.memory.hollow import Hollow, TensorSpec
 
 _Key: TypeAlias = tuple[Any, ...]
@@ -55,7 +56,10 @@ class _Output:
 
 @dataclass(frozen=True)
 class Operator:
-    """A call of an ATen operator with one signature. `new_bytes` are those of the storages that it gives out."""
+    """A call of an ATen operator with one signature.
+
+    `new_bytes` are those of the storages that it gives out, `flops` its arithmetic (`flops.operator_flops`).
+    """
 
     name: str
     signature: str
@@ -63,6 +67,7 @@ class Operator:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     new_bytes: int
+    flops: int
     changes_shapes: bool
     _new_storages: tuple[int, ...]
     _outputs: tuple[Any, ...]
@@ -108,7 +113,9 @@ class Operator:
         own = list(tensors_in(args, kwargs)) if self._needs_arguments else []
         owners: dict[int, Hollow] = {}
         leaves = [self._leaf(output, own, owners) for output in self._outputs]
-        return leaves[0] if self._structure.is_leaf() else pytree.tree_unflatten(leaves, self._structure)
+        if self._structure.is_leaf():
+            return leaves[0]
+        return tuple(leaves) if self._is_flat_tuple else pytree.tree_unflatten(leaves, self._structure)
 
     def reshape_in_place(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Change the shape of a hollow argument, as the call does.
@@ -126,6 +133,10 @@ class Operator:
     def _gives_its_first(self) -> bool:
         first = self._outputs[0] if self._structure.is_leaf() else None
         return isinstance(first, _Output) and first.itself and first.argument == 0
+
+    @cached_property
+    def _is_flat_tuple(self) -> bool:
+        return self._structure.type is tuple and self._structure.num_children == self._structure.num_leaves
 
     @cached_property
     def _needs_arguments(self) -> bool:
@@ -217,11 +228,17 @@ def _learn(function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any])
         args=args,
         kwargs=kwargs,
         new_bytes=sum(new_storages),
+        flops=_flops(function, args, kwargs, given),
         changes_shapes=any((t.shape, t.stride()) != (s.shape, s.stride) for t, s in zip(taken, specs, strict=False)),
         _new_storages=new_storages,
         _outputs=_as_known(signature, specs, outputs),
         _structure=structure,
     )
+
+
+def _flops(function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], given: Any) -> int:
+    args, kwargs = _mapped((args, kwargs), TensorSpec, _meta)
+    return operator_flops(function, args, kwargs, given)
 
 
 def _tried(function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:

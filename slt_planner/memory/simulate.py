@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slt_planner.config import Config, StepSpec
 from slt_planner.errors import UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.attribution import Attribution, unit_rows
-from slt_planner.memory.flops import operator_flops, step_costs
+from slt_planner.memory.flops import step_costs
 from slt_planner.memory.hollow import Hollow, TensorSpec
 from slt_planner.memory.numbers import NUMBER_BYTES, SavedNumbers
-from slt_planner.memory.operators import NO_OPERATORS, Operator, operator_of
+from slt_planner.memory.operators import NO_OPERATORS, Operator, operator_of, tensors_in
 from slt_planner.memory.profile import Category, Phase, StepCosts, UnitRow
 from slt_planner.memory.step import SteadyStep, as_trained
 from slt_planner.memory.timeline import most_at_once
@@ -175,11 +174,10 @@ class _Watch(TorchDispatchMode):
         else:
             outputs = operator.outputs(args, kwargs)
         if operator.new_bytes or func is _LIFT:
-            for leaf in (outputs,) if isinstance(outputs, Tensor) else pytree.tree_leaves(outputs):
-                if isinstance(leaf, Tensor):
-                    self._follow(leaf)
+            for tensor in tensors_in((outputs,), {}):
+                self._follow(tensor)
         self.calls.append(Call(operator, unit, self._phase(), live_before, self._live))
-        self.flops += operator_flops(func, args, kwargs, outputs)
+        self.flops += operator.flops
         if self._details:
             self._attribution.called(func, args, kwargs, outputs)
         return outputs

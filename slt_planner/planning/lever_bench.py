@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from slt_planner.config import Config, StepSpec
+from slt_planner.config import Config, LeanLever, StepSpec
 from slt_planner.errors import InputError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.measure import measure
@@ -28,6 +28,7 @@ class Lever:
 
 
 Levers: TypeAlias = tuple[Lever, ...]
+_LEAN: tuple[LeanLever, ...] = ("in_place_prefix", "copied_cuts", "lean_norms")  # those that micro-batches go with
 
 
 def levers_of(graph: ModelGraph, spec: StepSpec) -> list[Levers]:
@@ -42,9 +43,15 @@ def levers_of(graph: ModelGraph, spec: StepSpec) -> list[Levers]:
         groups.append((_optimizer("SGD without momentum", momentum=0.0),))
     if spec.optimizer.foreach:
         groups.append((Lever("no foreach", (), lambda own: _with_optimizer(own, foreach=False)),))
+    if not spec.levers:
+        groups.append((_lean("lean operators", *_LEAN), _lean("lean operators and recompute", *_LEAN, "recompute")))
     if not spec.set_to_none:
         groups.append((_with("set_to_none", (), set_to_none=True),))
     return groups
+
+
+def _lean(words: str, *levers: LeanLever) -> Lever:
+    return _with(words, (), levers=levers)
 
 
 def _with(words: str, changes: tuple[Change, ...], **update: object) -> Lever:

@@ -27,6 +27,8 @@ from slt_planner.reporting.terminal import (
     dataset_titles,
     head_scales,
     how_known,
+    lever_letters,
+    lever_lines,
     mean,
     metric_title,
     model_title,
@@ -225,6 +227,8 @@ def _plan_page(plan: Plan) -> dict[str, Any]:
             (_memory_chart(number, tier, how_known(plan)), tier) for number, tier in enumerate(plan.feasible_tiers)
         ],
         "left_over": left_over,
+        "letters": lever_letters(plan),
+        "lever_lines": lever_lines(plan),
         "predictions": _predictions(plan),
         "trade_off": _trade_off_chart(plan),
         "estimates": _estimates(plan),

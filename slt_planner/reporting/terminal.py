@@ -1,15 +1,17 @@
 """Plans and runs as tables for a terminal, and the sentences and number formats that the other formats share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from slt_planner.config import Optimizer, StepSpec
+from slt_planner.config import LeverSet, Optimizer, StepSpec
 from slt_planner.federated.result import RunResult, RunTier
+from slt_planner.planning.levers import joined
 from slt_planner.planning.plan import Plan, TierPlan, TierStage
 from slt_planner.reporting.left_over import left_over
 from slt_planner.units import format_bytes
@@ -79,6 +81,8 @@ def step_ruler(spec: StepSpec) -> str:
     parts = ["allocator ruler", spec.device.upper(), batch_words(spec), spec.precision, optimizer_words(spec.optimizer)]
     if spec.memory_format != "contiguous":
         parts.append(spec.memory_format)
+    if spec.levers:
+        parts.append(f"levers {joined(map(reason_text, spec.levers))}")
     if spec.threads is not None:
         parts.append(count(spec.threads, "thread"))
     return ", ".join(parts)
@@ -119,6 +123,8 @@ def tier_headline(tier: TierPlan, plan: Plan) -> str:
         return shorten(tier.reason or "no schedule fits", 400)
     tightest = max(stage.peak_bytes for stage in tier.stages) / tier.budget_bytes
     if tier.status == "full":
+        if plan.full_network.peak_bytes > tier.budget_bytes:
+            return "could train the whole network alone, with levers"
         whole = format_bytes(plan.full_network.peak_bytes)
         return f"trains the whole network alone ({whole})"
     how = how_known(plan)
@@ -147,7 +153,10 @@ def plan_table(plan: Plan) -> RenderableType:
     tiers, alike = _worth_a_column(plan, abreast)
     blocks = [tiers[first : first + abreast] for first in range(0, len(tiers), abreast)]
     own_head = ", head scale in %" if plan.policy == "per-tier" else ""
-    note = f"Per tier: units frozen{own_head}, a client's {how_known(plan)} peak in MB and in % of the budget."
+    own_levers = ", levers" if lever_letters(plan) else ""
+    note = (
+        f"Per tier: units frozen{own_head}, a client's {how_known(plan)} peak in MB and in % of the budget{own_levers}."
+    )
     return Group(
         headlines,
         Text(""),
@@ -155,9 +164,38 @@ def plan_table(plan: Plan) -> RenderableType:
         *([Text(f"{', '.join(alike)}: as {tiers[-1].name}, nothing frozen.", style="dim")] if alike else []),
         Text(f"{shorten(plan.binding_tier.name, 20)}: {left_over(plan.binding_tier)}", style="dim"),
         Text(note, style="dim"),
+        *[Text(line, style="dim") for line in lever_lines(plan)],
         Text(f"{how_known(plan).title()}: {ruler(plan)}.", style="dim"),
         *([Text(DATA_DEPENDENT, style="yellow")] if plan.model.data_dependent else []),
     )
+
+
+def lever_letters(plan: Plan) -> dict[LeverSet, str]:
+    """A letter for each set of levers that a stage of the plan uses."""
+    stages = [stage for tier in plan.tiers for stage in tier.stages]
+    used = [levers for levers in plan.lever_sets if levers and any(stage.levers == levers for stage in stages)]
+    return dict(zip(used, ascii_lowercase, strict=False))
+
+
+def lever_lines(plan: Plan) -> list[str]:
+    """What the letters stand for, a line each, with what the levers cost in step time."""
+    lines: list[str] = []
+    earlier: dict[LeverSet, str] = {}
+    for levers, letter in lever_letters(plan).items():
+        inside = next((own for own in reversed(earlier) if set(own) < set(levers)), ())
+        more = [lever for lever in levers if lever not in inside]
+        words = joined(([f"those of {earlier[inside]}"] if inside else []) + [reason_text(lever) for lever in more])
+        times = [s.relative_time for tier in plan.tiers for s in tier.stages if s.levers == levers and s.relative_time]
+        lines.append(f"Levers {letter}: {words}{_times(times)}.")
+        earlier[levers] = letter
+    return lines
+
+
+def _times(times: Sequence[float]) -> str:
+    if not times:
+        return ""
+    low, high = f"{min(times):.2f}", f"{max(times):.2f}"
+    return f"; a step takes {low if low == high else f'{low} to {high}'} times the plain one's time"
 
 
 def _worth_a_column(plan: Plan, abreast: int) -> tuple[tuple[TierPlan, ...], list[str]]:
@@ -218,6 +256,7 @@ def _stage_table(plan: Plan, tiers: Sequence[TierPlan]) -> Table:
     table = plain_table("\nstage", "rounds\n%", "full\nwidth", *([] if columns.own_head else ["head\n%"]))
     if not columns.own_head:
         table.add_column(Text("limited\nby"), no_wrap=True, min_width=11)
+    letters = lever_letters(plan)
     bar_width = min(12, (_WIDTH - columns.shared) // len(tiers) - columns.tier - 3)
     for tier in tiers:
         title = f"{shorten(tier.name, columns.tier)}\nfrozen, {'head, ' if columns.own_head else ''}peak"
@@ -231,19 +270,19 @@ def _stage_table(plan: Plan, tiers: Sequence[TierPlan]) -> Table:
         cells: list[RenderableType] = [*shared]
         for tier in tiers:
             own = tier.stages[number]
-            cells.append(_tier_cell(own, tier, columns))
+            cells.append(_tier_cell(own, tier, columns, letters))
             if bar_width >= 4:
                 cells.append(_budget_bar(own, tier, bar_width))
         table.add_row(*cells)
     return table
 
 
-def _tier_cell(stage: TierStage, tier: TierPlan, columns: _Columns) -> Text:
+def _tier_cell(stage: TierStage, tier: TierPlan, columns: _Columns, letters: Mapping[LeverSet, str]) -> Text:
     fraction = stage.peak_bytes / tier.budget_bytes
     head = f" {short_scale(stage.head_scale):>4}" if columns.own_head else ""
-    text = Text(f" {stage.freeze_depth:>{columns.depth_digits}}{head} {megabytes(stage.peak_bytes):>5} ")
+    text = Text(f"{stage.freeze_depth:>{columns.depth_digits}}{head} {megabytes(stage.peak_bytes):>5} ")
     text.append(f"{100 * fraction:>3.0f}%", style="yellow" if fraction > 0.95 else "green")
-    return text
+    return text.append(letters.get(stage.levers, "\u00a0") if letters else "")  # a plain space would be stripped
 
 
 def _budget_bar(stage: TierStage, tier: TierPlan, width: int) -> ProgressBar:

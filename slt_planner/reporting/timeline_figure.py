@@ -128,7 +128,7 @@ def _phases(timeline: Sequence[TimelinePoint]) -> list[int]:
     if not backward:
         return []
     gradients = [n for n, point in enumerate(timeline) if point.category == "gradients" and point.change_bytes > 0]
-    last = max(backward[-1], *gradients[-1:])
+    last = max(backward[-1:] + gradients[-1:])
     after = (n for n in range(last, len(timeline)) if timeline[n].operator not in ("", timeline[last].operator))
     return [backward[0], *[n for n in after if timeline[n].change_bytes > 0][:1]]
 

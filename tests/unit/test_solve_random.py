@@ -42,9 +42,9 @@ def convolution(channels_in, channels, kernel, norm):
 
 
 @st.composite
-def networks(draw):
+def networks(draw, most=3):
     channels, layers = 2, []
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.integers(1, most))):
         wider, norm = draw(st.integers(1, 5)), draw(st.booleans())
         kind = draw(st.sampled_from(["plain", "plain", "pointwise", "residual", "pooled"]))
         if kind == "residual":

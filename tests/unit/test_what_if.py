@@ -16,7 +16,7 @@ from slt_planner.errors import InputError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.graph.trace import trace
 from slt_planner.memory.measure import measure
-from slt_planner.planning import lever_bench
+from slt_planner.planning import step_times
 from slt_planner.planning.levers import CHANGES, Alternative, WhatIf, joined, severity
 from slt_planner.planning.solve import solve
 from slt_planner.planning.what_if import what_if
@@ -27,6 +27,8 @@ from tests.unit.test_solve import small_network
 
 SPEC = StepSpec(batch_size=12, threads=1)
 FULL = Config.full_network()
+LEAN = ("in_place_prefix", "copied_cuts", "lean_norms")
+RECOMPUTED = (*LEAN, "recompute")
 SMALLEST = {True: 2, False: 1}  # micro-batches, with and without batch norm
 
 
@@ -48,7 +50,7 @@ def quick(monkeypatch):
         spec = step._spec
         return len(spec.pieces(spec.batch_size)) * {"fp32": 1.0, "autocast": 0.6, "bf16": 0.5}[spec.precision]
 
-    monkeypatch.setattr(lever_bench, "_seconds", seconds)
+    monkeypatch.setattr(step_times, "_seconds", seconds)
 
 
 @cache
@@ -89,6 +91,8 @@ def test_every_single_lever_is_measured_and_says_what_it_changes(name):
     expected = {
         "nothing changed": {},
         "channels_last": {"memory_format": "channels_last"},
+        "lean operators": {"levers": LEAN},
+        "lean operators and recompute": {"levers": RECOMPUTED},
         "bf16": {"precision": "bf16"},
         "autocast": {"precision": "autocast"},
         "SGD without momentum": {"momentum": 0.0},
@@ -98,7 +102,7 @@ def test_every_single_lever_is_measured_and_says_what_it_changes(name):
     for words, update in expected.items():
         assert rows[words].peak_bytes == peak(name, **update), words
     assert {words for words, row in rows.items() if row.exact} == {
-        *("nothing changed", "channels_last"),
+        *("nothing changed", "channels_last", "lean operators", "lean operators and recompute"),
         *([] if name == "light" else [f"micro-batches of {size}"]),
     }
     assert rows["nothing changed"].peak_bytes == solve(GRAPHS[name], ["1GB"], SPEC).full_network.peak_bytes
@@ -139,7 +143,7 @@ def test_what_changes_nothing_is_preferred_to_what_is_faster():
     fitting = [row for row in result.alternatives if row.fits(budget)]
     assert any(row.relative_time < best.relative_time for row in fitting)
     assert best.exact
-    assert result.tiers[0].answer.startswith("SLT is not needed: with micro-batches of")
+    assert result.tiers[0].answer.startswith("SLT is not needed: with ")
     assert "times the step time" in result.tiers[0].answer
 
 
@@ -147,6 +151,7 @@ SETTINGS = {
     "precision": {"fp32": (), "bf16": ("number_format",), "autocast": ("number_format",)},
     "memory_format": {"contiguous": (), "channels_last": ()},
     "momentum": {0.9: (), 0.0: ("optimizer",)},
+    "levers": {(): (), LEAN: (), RECOMPUTED: ()},
 }
 
 
@@ -173,7 +178,7 @@ def test_the_combination_is_the_mildest_that_is_enough(name):
         assert best.peak_bytes <= budget
         if best.spec.micro_batch:
             update = {"precision": best.spec.precision, "memory_format": best.spec.memory_format}
-            update["momentum"] = best.spec.optimizer.momentum
+            update |= {"momentum": best.spec.optimizer.momentum, "levers": best.spec.levers}
             assert best.spec.micro_batch == largest_micro_batch(name, budget, **update)
     assert result.tiers[0].alternative is None
     assert result.tiers[0].answer.startswith("no lever is enough")
@@ -185,6 +190,7 @@ def test_leaner_optimizers_of_every_kind_are_tried():
     rows = {row.words: row for row in what_if(GRAPHS["heavy"], spec, tiers(10**9)).alternatives}
     assert set(rows) == {
         *("nothing changed", "channels_last", "no foreach", "set_to_none", "bf16", "autocast"),
+        *("lean operators", "lean operators and recompute"),
         *("SGD momentum 0.9", "SGD without momentum"),
     }
     peaks = [rows[words].peak_bytes for words in ("SGD without momentum", "SGD momentum 0.9", "nothing changed")]
@@ -257,8 +263,8 @@ def test_steps_run_by_turns_and_their_ratio_is_the_median(monkeypatch):
             return 2.0 if turns.count("bf16") != 2 else 90.0  # another program had the processor
         return 1.0
 
-    monkeypatch.setattr(lever_bench, "_seconds", seconds)
-    monkeypatch.setattr(lever_bench, "_MOST_PAIRS", 5)
+    monkeypatch.setattr(step_times, "_seconds", seconds)
+    monkeypatch.setattr(step_times, "_MOST_PAIRS", 5)
     rows = {row.words: row for row in what_if(GRAPHS["light"], SPEC, tiers(10**9)).alternatives}
     assert rows["bf16"].relative_time == rows["bf16"].step_s == 2.0
     first = turns.index("bf16")
@@ -267,7 +273,7 @@ def test_steps_run_by_turns_and_their_ratio_is_the_median(monkeypatch):
 
 def test_times_are_of_real_steps(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(lever_bench, "_MOST_PAIRS", 10)
+    monkeypatch.setattr(step_times, "_MOST_PAIRS", 10)
     result = what_if(GRAPHS["light"], SPEC, tiers(peak("light", micro_batch=2)))
     assert all(row.step_s > 0 for row in result.alternatives)
     assert chosen(result).spec.micro_batch == 2
