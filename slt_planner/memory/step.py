@@ -129,8 +129,8 @@ def as_trained(model: ModuleT, step: StepSettings) -> ModuleT:
     """
     if isinstance(model, SubModel):
         model.use_levers(step.levers)
-    elif {*step.levers} - {"early_updates"}:
-        raise InputError(f"{', '.join(step.levers)}: these levers are for sub-models; extract one from the network")
+    elif rewriting := [lever for lever in step.levers if lever != "early_updates"]:
+        raise InputError(f"{', '.join(rewriting)}: these levers are for sub-models; extract one from the network")
     if step.precision == "bf16" and isinstance(model, SubModel) and (fixed := model.first_call_in(torch.float32)):
         raise UnsupportedLayerError(f"{fixed}: makes tensors of fp32 whatever it is given; use autocast, not bf16")
     model = model.to(dtype=dtype(step))

@@ -72,7 +72,7 @@ class SubModel(nn.Module):
         program = self._programs.by_mode[mode]
         if not (mode and self._levers):
             return [self._function(program, enter)]
-        program = lean_program(program, self, self._levers)
+        program = lean_program(program, self, self._levers, self.extraction.graph.programs[mode].main)
         if "recompute" not in self._levers:
             return [self._function(program, enter)]
         return [_recomputed(self._function(piece.graph, enter), piece) for piece in in_pieces(program, self)]
@@ -141,9 +141,7 @@ def _recomputed(function: Forward, piece: Piece) -> Forward:
         return function
 
     def run(*inputs: Any) -> tuple[Any, ...]:
-        return checkpoint(
-            function, *inputs, use_reentrant=False, context_fn=recomputing, preserve_rng_state=piece.random
-        )
+        return checkpoint(function, *inputs, use_reentrant=False, context_fn=recomputing, preserve_rng_state=False)
 
     return run
 

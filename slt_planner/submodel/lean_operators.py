@@ -258,7 +258,7 @@ def convolutions(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases)):
         return _Convolutions.apply(x, settings, *weights, *biases)
     return tuple(_in_parts(x, *own) for own in zip(weights, biases, settings, strict=True))
 
@@ -315,7 +315,7 @@ class _Convolutions(Function):
             for place, total in zip(places, sums, strict=True):
                 of_tensors[place] = total
             first = False
-        return of_x, None, *of_tensors
+        return None if first else of_x, None, *of_tensors
 
 
 def _backward_in_parts(

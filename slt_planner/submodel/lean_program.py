@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import Conv1d, Conv2d, Conv3d
 
 from slt_planner.config import LeanLever
@@ -28,19 +28,32 @@ _ACTIVATION_OF: dict[Any, str] = {
 # Operators whose outputs are new tensors, and those whose backward pass gives gradients that nobody else holds.
 _GIVES_NEW = (*_CONVOLUTIONS, nn.Linear, _BatchNorm)
 _GRADIENT_IS_NEW = (*_GIVES_NEW, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.LayerNorm)
+# Operators through which a gradient comes to each of their tensors.
+_PASSES_ON = (
+    *_GRADIENT_IS_NEW, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Dropout, nn.Flatten,
+    nn.Identity, nn.GroupNorm,
+)  # fmt: skip
+_PASSES_ON_BY_FUNCTION = (
+    *_SUMS, *[kind for kind in _ACTIVATION_OF if not isinstance(kind, type)], torch.cat, torch.narrow, torch.flatten,
+    "flatten", "mean", "mul", operator.mul, torch.mul, operator.getitem, F.max_pool2d, F.avg_pool2d,
+    F.adaptive_avg_pool2d, F.dropout, lean.add, lean.batch_norm, lean.convolution, lean.convolutions, lean.with_cut,
+)  # fmt: skip
 _NEW_BY_FUNCTION = (*_SUMS, lean.batch_norm, lean.batch_norm_in_place, lean.convolution, lean.add_in_place)
 
 
-def lean_program(program: fx.Graph, module: nn.Module, levers: Collection[LeanLever]) -> fx.Graph:
+def lean_program(
+    program: fx.Graph, module: nn.Module, levers: Collection[LeanLever], main: int | None = None
+) -> fx.Graph:
     """A copy of a training program in which the levers' rewritings are done.
 
     Args:
         program: calls of the module's parts; nodes carry ``meta["unit"]``.
         module: says which parameters are trained.
+        main: the number of the output that the loss surely depends on; None if there is none.
         levers: what to rewrite. `recompute` and `early_updates` are not for here, but with `recompute` norms are
             rewritten that keep running statistics, so that those move once.
     """
-    return _Rewriting(program, module, levers).done()
+    return _Rewriting(program, module, levers, main).done()
 
 
 def trained_nodes(program: fx.Graph, module: nn.Module) -> set[fx.Node]:
@@ -58,7 +71,7 @@ def trained_nodes(program: fx.Graph, module: nn.Module) -> set[fx.Node]:
 
 
 class _Rewriting:
-    def __init__(self, program: fx.Graph, module: nn.Module, levers: Collection[LeanLever]) -> None:
+    def __init__(self, program: fx.Graph, module: nn.Module, levers: Collection[LeanLever], main: int | None) -> None:
         self._module, self._levers = module, levers
         self._graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
@@ -67,6 +80,7 @@ class _Rewriting:
         for node, copied in copies.items():
             copied.meta["unit"] = node.meta.get("unit", 0)
         self._trains = trained_nodes(self._graph, module)
+        self._surely = self._with_sure_gradients(main)
 
     def done(self) -> fx.Graph:
         self._skip_identities()
@@ -85,6 +99,18 @@ class _Rewriting:
                 self._split(node)
         self._graph.lint()
         return self._graph
+
+    def _with_sure_gradients(self, main: int | None) -> set[fx.Node]:
+        """The nodes to which a gradient of the main output comes, whatever the loss is made of besides."""
+        output = next(reversed(self._graph.nodes))
+        leaves: Any = output.args[0]
+        if main is None:
+            return set()
+        surely = {leaves[main]}
+        for node in reversed(list(self._graph.nodes)):
+            if any(user in surely and self._is(user, _PASSES_ON, _PASSES_ON_BY_FUNCTION) for user in node.users):
+                surely.add(node)
+        return surely & self._trains
 
     def _part(self, node: fx.Node) -> nn.Module:
         return self._module.get_submodule(str(node.target))
@@ -108,8 +134,9 @@ class _Rewriting:
         new = self._put(old, function, *args, unit_of=old)
         old.replace_all_uses_with(new)
         self._graph.erase_node(old)
-        if old in self._trains:
-            self._trains.add(new)
+        for nodes in (self._trains, self._surely):
+            if old in nodes:
+                nodes.add(new)
         return new
 
     def _stored(self, before: fx.Node, name: str) -> fx.Node | None:
@@ -131,7 +158,7 @@ class _Rewriting:
     # Cuts
 
     def _is_cut(self, node: fx.Node) -> bool:
-        return node.op == "call_function" and node.target is torch.narrow and bool(node.args[2] == 0)
+        return node.op == "call_function" and node.target is torch.narrow and node.args[2:3] == (0,)
 
     def _copy_cut(self, node: fx.Node) -> None:
         source, dim, _, length = node.args
@@ -147,6 +174,10 @@ class _Rewriting:
             cut = self._put(_after(pair), operator.getitem, pair, 1, unit_of=source)
             whole = self._put(_after(pair), operator.getitem, pair, 0, unit_of=source)
             self._trains |= {pair, whole, cut}
+            if node in self._surely:
+                self._surely |= {pair, cut}
+            if not self._surely.isdisjoint(others):
+                self._surely |= {pair, whole}
             node.replace_all_uses_with(cut)
             for user in others:
                 user.replace_input_with(source, whole)
@@ -171,8 +202,9 @@ class _Rewriting:
             return False
         if value.target is lean.add:
             return value.args[2] is None  # else it is saved for the activation's gradient
-        in_place = value.op == "call_function" and value.target in [a.in_place for a in lean.ACTIVATIONS.values()]
-        return in_place or self._is(value, _GIVES_NEW, _NEW_BY_FUNCTION)
+        if value.target in [activation.in_place for activation in lean.ACTIVATIONS.values()]:
+            return value not in self._trains  # else it is saved for its gradient
+        return self._is(value, _GIVES_NEW, _NEW_BY_FUNCTION)
 
     # The trained part
 
@@ -198,12 +230,13 @@ class _Rewriting:
     def _gradient_is_own(self, node: fx.Node) -> bool:
         """Whether nobody else holds the gradient that arrives at a value.
 
-        Where several operators take the value, autograd has added their gradients up: in a tensor of its own.
+        Where two operators surely give one, autograd has added them up: in a tensor of its own.
         """
         users = [user for user in node.users if user in self._trains]
-        if len(users) != 1:
-            return len(users) > 1
-        (user,) = users
+        giving = [u for u in users if u in self._surely and self._is(u, _PASSES_ON, _PASSES_ON_BY_FUNCTION)]
+        return len(giving) > 1 or (bool(users) and all(self._gives_own_gradient(user) for user in users))
+
+    def _gives_own_gradient(self, user: fx.Node) -> bool:
         if self._is(user, _GRADIENT_IS_NEW, (lean.batch_norm, lean.convolution)):
             return True
         if user.op == "call_function" and user.target is lean.add:
@@ -212,7 +245,7 @@ class _Rewriting:
             return alone and (activation is not None or bool(owned))
         if user.op == "call_function" and user.target is lean.with_cut:
             whole = next(x for x in user.users if x.args[1] == 0)
-            return self._gradient_is_own(whole) or any(x.args[1] == 1 for x in user.users)
+            return self._gradient_is_own(whole) or any(x in self._surely for x in user.users if x.args[1] == 1)
         return False
 
     def _activation(self, node: fx.Node) -> str | None:
@@ -220,9 +253,11 @@ class _Rewriting:
 
     def _activation_after(self, node: fx.Node, from_output: bool = False) -> str | None:
         """The name of the activation that alone takes a node's value; its node goes, the value stands for both."""
-        (user, *others) = node.users
+        if len(node.users) != 1:
+            return None
+        (user,) = node.users
         name = self._activation(user)
-        if others or name is None or (from_output and not lean.ACTIVATIONS[name].from_output):
+        if name is None or (from_output and not lean.ACTIVATIONS[name].from_output):
             return None
         user.replace_all_uses_with(node)
         self._graph.erase_node(user)
@@ -278,7 +313,8 @@ class _Rewriting:
         if not self._is(node, _CONVOLUTIONS) or not node.args:
             return False
         own: Any = self._part(node)
-        return own.padding_mode == "zeros" and not isinstance(own.padding, str)
+        plain = any(type(own)._conv_forward is kind._conv_forward for kind in _CONVOLUTIONS)
+        return plain and own.padding_mode == "zeros" and not isinstance(own.padding, str)
 
 
 def _after(node: fx.Node) -> fx.Node:
@@ -293,23 +329,18 @@ def _after(node: fx.Node) -> fx.Node:
 class Piece:
     """A part of a program: a graph from the values that the piece before gives to those that the next one takes.
 
-    `recomputed`: its own values are not kept for the backward pass, it is run again there. `random`: with the same
-    random numbers.
+    `recomputed`: its own values are not kept for the backward pass, it is run again there.
     """
 
     graph: fx.Graph
     recomputed: bool = False
-    random: bool = False
-
-
-_RANDOM = ("drop", "rand", "bernoulli", "stochastic")
 
 
 def in_pieces(program: fx.Graph, module: nn.Module) -> list[Piece]:
     """A training program cut where it begins to train, and then before each layer that a single tensor leads to.
 
     Recomputed are those that start from a single tensor, but not the frozen part, nor the last: what it saves is needed
-    at once.
+    at once; nor what draws random numbers, whose state would have to be kept.
     """
     trained = trained_nodes(program, module)
     nodes = [node for node in program.nodes if node.op != "get_attr"]
@@ -323,8 +354,8 @@ def in_pieces(program: fx.Graph, module: nn.Module) -> list[Piece]:
     for begin, end in zip([0, *places], ends, strict=True):
         given = _live(nodes, begin) if begin else []
         graph = _piece(nodes[begin:end], given, _live(nodes, end))
-        recomputed = begin >= first and end < len(nodes) and len(given) == 1
-        pieces.append(Piece(graph, recomputed, recomputed and any(_is_random(n, module) for n in nodes[begin:end])))
+        same_again = not any(_is_random(n, module) or _moves_statistics(n, module) for n in nodes[begin:end])
+        pieces.append(Piece(graph, begin >= first and end < len(nodes) and len(given) == 1 and same_again))
     return pieces
 
 
@@ -334,13 +365,38 @@ def _bears_weights(node: fx.Node, module: nn.Module) -> bool:
     return node.op == "call_function" and node.target in (lean.convolution, lean.convolutions)
 
 
+_RANDOM = (
+    "drop", "rand", "bernoulli", "stochastic", "rrelu", "gumbel", "normal", "uniform", "multinomial", "poisson",
+    "exponential", "cauchy", "geometric",
+)  # fmt: skip
+_NOT_RANDOM = ("normalize", "native_batch_norm")
+_DROPOUT_ARGUMENT = 4  # where scaled_dot_product_attention takes it
+
+
 def _is_random(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a call may draw random numbers, by its name or its dropout."""
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
-        name = f"{type(part).__name__} {'dropout' if getattr(part, 'dropout', 0) else ''}"
+        name, dropout = type(part).__name__, getattr(part, "dropout", 0)
     else:
-        name = f"{getattr(node.target, '__name__', node.target)} {' '.join(node.kwargs)}"
-    return any(word in name.lower() for word in _RANDOM)
+        name = getattr(node.target, "__name__", str(node.target))
+        dropout = 0
+        if name == "scaled_dot_product_attention":
+            dropout = node.kwargs.get("dropout_p", (*node.args, *[0] * 5)[_DROPOUT_ARGUMENT])
+        elif "attention" in name:
+            dropout = 1  # another one's arguments are not known
+    name = name.lower()
+    return bool(dropout) or (name not in _NOT_RANDOM and any(word in name for word in _RANDOM))
+
+
+def _moves_statistics(node: fx.Node, module: nn.Module) -> bool:
+    """A norm that is not rewritten, and whose running statistics would move once more if it ran again."""
+    if node.op == "call_module":
+        part = module.get_submodule(str(node.target))
+        return isinstance(part, _NormBase) and part.track_running_stats and part.training
+    if node.target is lean.batch_norm or getattr(node.target, "__name__", "") not in ("batch_norm", "instance_norm"):
+        return False
+    return any(x.op == "get_attr" and "running" in str(x.target) for x in node.all_input_nodes)
 
 
 def _live(nodes: Sequence[fx.Node], at: int) -> list[fx.Node]:

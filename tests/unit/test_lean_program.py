@@ -637,10 +637,10 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("between", DROPPING)
-def test_what_is_dropped_is_dropped_again_when_it_is_recomputed(between):
+def test_what_is_dropped_is_not_drawn_again(between):
     model, graph = traced(DROPPING[between], norm1=nn.Dropout(0.5))
     sub, program = lean_one(graph, model, Config.full_network(), "static", ("recompute",))
-    assert any(piece.random and piece.recomputed for piece in in_pieces(program, sub))
+    assert not any("drop" in str(n) and p.recomputed for p in in_pieces(program, sub) for n in p.graph.nodes)
     for levers in (("recompute",), LEVERS):
         assert_levers_change_nothing(graph, model, Config.full_network(), StepSpec(batch_size=6), levers)
 
@@ -667,7 +667,7 @@ def test_what_is_dropped_is_dropped_again_when_it_is_recomputed(between):
         *("uniform_", "normal", "rrelu module", "dropout module", "attention module"),
     ],
 )
-def test_every_random_operator_makes_its_piece_random(random):
+def test_a_piece_with_a_random_operator_is_not_recomputed(random):
     """A network's owner may teach widths of the less common ones."""
     module = nn.Module()
     module.linears = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
@@ -680,12 +680,22 @@ def test_every_random_operator_makes_its_piece_random(random):
     if given.target == "attention":
         given = graph.call_function(operator.getitem, (given, 0))
     graph.output((graph.call_module("linears.2", (given,)),))
-    pieces = in_pieces(graph, module)
-    assert [piece.random for piece in pieces] == [False, True, False]
+    assert not any(piece.recomputed for piece in in_pieces(graph, module))
+
+
+def test_a_piece_with_attention_that_drops_nothing_is_recomputed():
+    module = nn.Module()
+    module.linears = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    graph = fx.Graph()
+    x = graph.call_module("linears.0", (graph.placeholder("x"),))
+    x = graph.call_module("linears.1", (x,))
+    x = graph.call_function(F.scaled_dot_product_attention, (x, x, x), {"dropout_p": 0.0})
+    graph.output((graph.call_module("linears.2", (x,)),))
+    assert [piece.recomputed for piece in in_pieces(graph, module)] == [False, True, False]
 
 
 def dropping_network():
-    """Traced; its pieces keep little but the state of random numbers."""
+    """Traced; it keeps little: the state of random numbers would be seen."""
     layers = [nn.Conv2d(3, 4, 1)]
     for _ in range(6):
         layers += [nn.Dropout(0.5), nn.Conv2d(4, 4, 1)]
@@ -695,7 +705,7 @@ def dropping_network():
     return graph, Config.full_network(), spec, measure(extract(graph, None, Config.full_network()), spec)
 
 
-def test_the_state_of_random_numbers_counts_where_it_is_kept():
+def test_a_network_with_dropout_is_predicted_to_the_byte():
     graph, config, spec, measured = dropping_network()
     predicted = predict(graph, config, spec)
     assert predicted.exact
@@ -703,7 +713,7 @@ def test_the_state_of_random_numbers_counts_where_it_is_kept():
     assert predicted.tensor_peak_bytes == measured.tensor_peak_bytes
 
 
-def test_the_state_of_random_numbers_counts_towards_a_limit():
+def test_a_network_with_dropout_runs_at_its_measured_peak():
     graph, config, spec, measured = dropping_network()
     step = steady_step(graph, config, spec)
     limit = memory_limit(measured.peak_bytes, step.module, step.optimizer)
