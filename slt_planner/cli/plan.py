@@ -61,10 +61,10 @@ def plan(
     levers: Annotated[
         str,
         typer.Option(
-            help="How steps may run in less memory: auto (a stage uses exact levers where they buy something), none, "
+            help="How steps may run in less memory: none, auto (a stage uses exact levers where they buy something), "
             "exact (all exact ones, always), or a list such as lean_norms,recompute,micro_batches:8."
         ),
-    ] = "auto",
+    ] = "none",
     verify: Annotated[
         bool,
         typer.Option(
@@ -123,9 +123,11 @@ def plan(
     graph = traced_network(model, shape, num_classes, chosen(granularity, "--granularity", get_args(Granularity)))
     try:
         solved = _solve(model, graph, own_tiers, spec, how, progress_console)
-    except InfeasibleError:
+    except InfeasibleError as error:
         if what_if:
             console.print(what_if_table(_levers(graph, spec, own_tiers, progress_console)))
+        if levers == "none":
+            raise InfeasibleError(f"{error} (of plain steps; --levers auto needs less)") from error
         raise
     if what_if:
         solved = solved.model_copy(update={"what_if": _levers(graph, spec, own_tiers, progress_console)})

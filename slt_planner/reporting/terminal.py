@@ -260,7 +260,8 @@ def _stage_table(plan: Plan, tiers: Sequence[TierPlan]) -> Table:
     bar_width = min(12, (_WIDTH - columns.shared) // len(tiers) - columns.tier - 3)
     for tier in tiers:
         title = f"{shorten(tier.name, columns.tier)}\nfrozen, {'head, ' if columns.own_head else ''}peak"
-        table.add_column(Text(title, justify="right"), justify="right", no_wrap=True)
+        # Cells are of one width, and a blank at the end of one would be lost on the right.
+        table.add_column(Text(title, justify="right"), justify="left" if letters else "right", no_wrap=True)
         if bar_width >= 4:
             table.add_column("")
     for number, stage in enumerate(plan.stages):
@@ -282,7 +283,7 @@ def _tier_cell(stage: TierStage, tier: TierPlan, columns: _Columns, letters: Map
     head = f" {short_scale(stage.head_scale):>4}" if columns.own_head else ""
     text = Text(f"{stage.freeze_depth:>{columns.depth_digits}}{head} {megabytes(stage.peak_bytes):>5} ")
     text.append(f"{100 * fraction:>3.0f}%", style="yellow" if fraction > 0.95 else "green")
-    return text.append(letters.get(stage.levers, "\u00a0") if letters else "")  # a plain space would be stripped
+    return text.append(letters.get(stage.levers, " ") if letters else "")
 
 
 def _budget_bar(stage: TierStage, tier: TierPlan, width: int) -> ProgressBar:
