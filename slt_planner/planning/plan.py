@@ -212,10 +212,10 @@ class Plan(Record):
             self._check_tier(tier)
         if not self.feasible_tiers:
             raise ValueError("no tier is feasible")
-        for levers in self.lever_sets:
-            self.spec.with_levers(levers)
         if self.step.micro_batch is not None and self.step.micro_batch > self.batch_size:
             raise ValueError("step.micro_batch is larger than batch_size")
+        for levers in self.lever_sets:
+            self.spec.with_levers(levers)
         if self.trade_off and not {f.tier for f in self.trade_off.frontiers} <= {tier.name for tier in self.tiers}:
             raise ValueError("the trade-off names a tier that the plan does not have")
         return self

@@ -43,6 +43,37 @@ def test_a_plan_on_predictions_says_so_and_verifies(command, tmp_path):
     assert {peak["measured_peak_bytes"] - peak["planned_peak_bytes"] for peak in verified["peaks"]} == {0}
 
 
+def test_a_plan_uses_levers_where_it_is_asked_to(command, tmp_path):
+    """Those of a list, the cheapest set that fits; what plain steps lack is said, and who could do with less."""
+    network = (
+        "slt-plan",
+        "resnet20",
+        "--granularity",
+        "block",
+        "--batch-size",
+        "8",
+        "--threads",
+        "1",
+        "--no-trade-off",
+    )
+    refused = command(*network, "--budgets", "4.6MB")
+    assert refused.code == 3
+    assert refused.err.endswith("(of plain steps; --levers auto needs less)\n")
+    done = command(*network, "--budgets", "4.6MB", "--levers", "lean_norms,copied_cuts,channels_last")
+    assert done.code == 0, done.err
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.lever_sets == ((), ("copied_cuts", "lean_norms", "channels_last"))
+    (tier,) = plan.tiers
+    assert plan.lever_sets[1] in {stage.levers for stage in tier.stages}
+    text = " ".join(done.out.split())
+    assert "Levers a: copied cuts, lean norms and channels last; a step takes" in text
+    assert "Levers a: copied cuts, lean norms and channels last" in (tmp_path / "reports" / "plan.html").read_text()
+    assert all(len(line) <= 80 for line in done.out.splitlines() if not line.startswith("Written"))
+    wrong = command(*network, "--budgets", "4MB", "--levers", "magic", "--force")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert wrong.err.startswith("slt-plan: error: --levers 'magic': known are auto, none, exact, or a list of")
+
+
 def test_the_same_plan_again_is_the_same(command, tmp_path):
     asked = (*CONVNET, "--budgets", "34,36MB", "--force")
     first, forecasts = command(*asked), (tmp_path / "plan.json").read_text()

@@ -56,6 +56,21 @@ def test_micro_batches_are_named_with_the_batch(command, tmp_path):
     assert (refused.code, refused.err) == (2, "slt: error: micro-batches of 5 in a batch of 4: use at most that\n")
 
 
+def test_a_step_is_profiled_with_levers(command, tmp_path):
+    done = command("slt", "profile", "resnet20", "--config", "1,2,0.25", *STEP, "--levers", "exact")
+    assert done.code == 0, done.err
+    lean = load_profile(tmp_path / "profiles" / "resnet20-1-2-0.25-b4-exact.json")
+    assert len(lean.spec.levers) == 6
+    assert lean.spec.memory_format == "channels_last"
+    assert "Predicted" in done.out
+    assert "(0.00 % off" in done.out
+    assert command("slt", "profile", "resnet20", "--config", "1,2,0.25", *STEP).code == 0
+    assert lean.peak_bytes < load_profile(tmp_path / "profiles" / "resnet20-1-2-0.25-b4.json").peak_bytes
+    refused = command("slt", "profile", "resnet20", *STEP, "--levers", "auto")
+    assert refused.code == 2
+    assert refused.err.startswith("slt: error: --levers auto is for planning")
+
+
 def test_nothing_is_overwritten_unless_forced_and_that_is_said_at_once(command, tmp_path):
     (tmp_path / "profile.png").write_text("mine")
     words = ("slt", "profile", "resnet20", *STEP, "--no-measure", "--out", "profile.json")
