@@ -127,7 +127,7 @@ def plan(
         if what_if:
             console.print(what_if_table(_levers(graph, spec, own_tiers, progress_console)))
         if levers == "none":
-            raise InfeasibleError(f"{error} (of plain steps; --levers auto needs less)") from error
+            raise InfeasibleError(f"{error} (of plain steps; --levers auto may need less)") from error
         raise
     if what_if:
         solved = solved.model_copy(update={"what_if": _levers(graph, spec, own_tiers, progress_console)})

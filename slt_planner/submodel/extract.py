@@ -17,7 +17,8 @@ from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Cut, Index
 from slt_planner.submodel.lean_operators import recomputing
-from slt_planner.submodel.lean_program import Piece, in_pieces, lean_program
+from slt_planner.submodel.lean_program import lean_program
+from slt_planner.submodel.pieces import Piece, in_pieces
 from slt_planner.submodel.program import with_cuts, with_norms, with_unit_marks
 from slt_planner.submodel.slices import shape_of, take
 

@@ -20,7 +20,8 @@ from slt_planner.memory.measure import measure
 from slt_planner.memory.predict import predict
 from slt_planner.submodel import lean_operators as lean
 from slt_planner.submodel.extract import extract
-from slt_planner.submodel.lean_program import in_pieces, lean_program, trained_nodes
+from slt_planner.submodel.lean_program import lean_program, trained_nodes
+from slt_planner.submodel.pieces import in_pieces
 from tests.unit.test_lean_steps import (
     EACH_AND_ALL,
     LEVERS,
