@@ -90,6 +90,7 @@ def profile_ruler(profile: MemoryProfile) -> str:
         parts += ["foreach"] if spec.optimizer.foreach else []
         parts += [spec.memory_format] if spec.memory_format != "contiguous" else []
         parts += [f"{spec.norms} norms"] if spec.norms != "static" else []
+        parts += [count(len(spec.levers), "lever")] if spec.levers else []
     return f"{profile.source.title()}: {', '.join(parts)}"
 
 
