@@ -73,9 +73,13 @@ class Brute:
     def config(self, freeze, full, scale):
         return Config(freeze_depth=freeze, full_depth=self.graph.depth if scale == 1.0 else full, head_scale=scale)
 
+    def legal(self, config):
+        """The same widths under their own name: a head scale between two notches is as wide as the lower."""
+        lower = max(s for s in self.graph.head_scales(config.full_depth) if s <= config.head_scale)
+        return config.model_copy(update={"head_scale": lower})
+
     def fits(self, freeze, full, scale, budget):
-        between = max(s for s in self.graph.head_scales(full) if s <= scale)
-        return self.peaks[self.config(freeze, full, between)] <= budget
+        return self.peaks[self.legal(self.config(freeze, full, scale))] <= budget
 
     def schedule(self, budget):
         """(full_depth, head_scale) a stage; None where there is none."""
