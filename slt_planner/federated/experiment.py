@@ -109,7 +109,7 @@ def run_round(run: Run, state: ServerState) -> tuple[ServerState, RoundRow]:
     cohort = draw_cohort(run, state)
     stage, config, log = strategy.stage(state), strategy.evaluation_config(state), RoundLog()
     measured = {
-        tier.name: run.client_peaks[strategy.client_step(state, tier.name)]
+        tier.name: run.client_peaks[strategy.tier_step(state, tier.name)]
         for tier in run.plan.tiers
         if strategy.tier_steps(tier.name)
     }
@@ -149,7 +149,7 @@ def draw_cohort(run: Run, state: ServerState) -> Sequence[Assignment]:
 
     def assignment(client: int) -> Assignment:
         tier = tiers[run.tier_of[client]]
-        step = run.strategy.client_step(state, tier.name)
+        step = run.strategy.client_step(state, tier.name, client)
         training = local_training(run, state, step.levers)
         return Assignment(client, step.config, training, run.images_of[client], tier.budget_bytes)
 

@@ -31,14 +31,18 @@ class Strategy(Protocol):
     """A federated method. Rounds count from 1; a state of `round` r is about to do round r + 1."""
 
     def tier_steps(self, tier: str) -> tuple[ClientStep, ...]:
-        """Everything a client of a tier will ever train; empty if the tier sits out."""
+        """Everything a client of a tier will ever train, a step for each size; empty if the tier sits out."""
+        ...
+
+    def tier_step(self, state: ServerState, tier: str) -> ClientStep:
+        """Of what `tier_steps` has, the one as large as what the tier's clients train in the next round."""
         ...
 
     def stage(self, state: ServerState) -> int:
         """The stage (from 0) of the next round; a method without stages is always in stage 0."""
         ...
 
-    def client_step(self, state: ServerState, tier: str) -> ClientStep:
+    def client_step(self, state: ServerState, tier: str, client: int) -> ClientStep:
         """What a client of a tier that takes part trains in the next round."""
         ...
 

@@ -31,9 +31,13 @@ class SuccessiveLayerTraining:
         """The stage that the next round belongs to."""
         return min(bisect_right(self._last_rounds, state.round), len(self._last_rounds) - 1)
 
-    def client_step(self, state: ServerState, tier: str) -> ClientStep:
+    def tier_step(self, state: ServerState, tier: str) -> ClientStep:
         """The tier's configuration in this stage, with its levers."""
         return self._stages[tier][self.stage(state)]
+
+    def client_step(self, state: ServerState, tier: str, client: int) -> ClientStep:
+        """What all clients of the tier train in this stage."""
+        return self.tier_step(state, tier)
 
     def evaluation_config(self, state: ServerState) -> Config:
         """The widest that is trained in this stage; where tiers share a head scale it is the same for all."""

@@ -41,8 +41,12 @@ class SmallNetwork:
         """There is one stage."""
         return 0
 
-    def client_step(self, state: ServerState, tier: str) -> ClientStep:
+    def tier_step(self, state: ServerState, tier: str) -> ClientStep:
         """Every tier trains the same network."""
+        return self._step
+
+    def client_step(self, state: ServerState, tier: str, client: int) -> ClientStep:
+        """Every client trains the same network."""
         return self._step
 
     def evaluation_config(self, state: ServerState) -> Config:
