@@ -3,7 +3,16 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from slt_planner.errors import InputError
 from slt_planner.units import LARGEST_BYTES, parse_budgets
@@ -27,19 +36,26 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Channels = Annotated[str, StringConstraints(pattern=r"^(first|rolling:\d{1,9}|random:\d{1,19})$")]
+"""Which channels of a scaled layer are kept: the first ones, a window that begins at a place, or a seeded choice."""
+
+
 class Config(Record):
     """What is frozen, trained and scaled (SLT, arXiv 2305.17005, section 3).
 
     Units 1..freeze_depth are frozen, freeze_depth+1..full_depth are trained at full width, the later ones (the head)
-    are trained at width head_scale. (0, 0, s) is the warm-up: the whole network at width s.
+    are trained at width head_scale. (0, 0, s) is the warm-up: the whole network at width s. `channels` are the first
+    ones everywhere but in methods that move through the network: ``rolling:N`` keeps those from place N on, around
+    the end (FedRolex, arXiv 2212.01548), ``random:SEED`` some drawn by chance (federated dropout, arXiv 1812.07210).
 
     >>> Config(freeze_depth=4, full_depth=5, head_scale=0.5)
-    Config(freeze_depth=4, full_depth=5, head_scale=0.5)
+    Config(freeze_depth=4, full_depth=5, head_scale=0.5, channels='first')
     """
 
     freeze_depth: int = Field(ge=0)
     full_depth: int = Field(ge=0)
     head_scale: float = Field(gt=0, le=1)
+    channels: Channels = "first"
 
     @model_validator(mode="after")
     def _something_trains_at_full_width(self) -> "Config":
@@ -49,14 +65,20 @@ class Config(Record):
             )
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_what_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("channels", "first")}
+
     @classmethod
     def full_network(cls) -> "Config":
         """The whole network end to end."""
         return cls(freeze_depth=0, full_depth=0, head_scale=1.0)
 
     def __str__(self) -> str:
-        """The three numbers, as in the paper: (K_F, K_T, s)."""
-        return f"({self.freeze_depth}, {self.full_depth}, {self.head_scale:.4g})"
+        """The three numbers, as in the paper: (K_F, K_T, s); and the channels, if they are not the first ones."""
+        others = "" if self.channels == "first" else f", {self.channels}"
+        return f"({self.freeze_depth}, {self.full_depth}, {self.head_scale:.4g}{others})"
 
 
 class Optimizer(Record):

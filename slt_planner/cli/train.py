@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from slt_planner.cli.common import command_line, consoles, validated
 from slt_planner.config import Metric
 from slt_planner.errors import InputError, SltError
-from slt_planner.federated.result import RoundRow, RunResult, RunSettings
+from slt_planner.federated.result import RoundRow, RunResult, RunSettings, StrategyName
 from slt_planner.federated.run_folder import METRICS, PICTURE, REPORT, clear_runs
 from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan, load_plan
@@ -21,7 +21,7 @@ from slt_planner.reporting.terminal import run_table
 if TYPE_CHECKING:
     from slt_planner.data.datasets import Dataset
 
-_STRATEGIES = ("slt", "small")
+_STRATEGIES = get_args(StrategyName)
 
 
 def train(
@@ -31,7 +31,9 @@ def train(
         str | None,
         typer.Option(help="Your own network, as given to slt-plan: package.module:factory or ./file.py:Class."),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="slt, small, or both with a comma.")] = "slt",
+    strategy: Annotated[
+        str, typer.Option(help="One of these, or several with commas: " + ", ".join(_STRATEGIES) + ".")
+    ] = "slt",
     rounds: Annotated[int | None, typer.Option(min=1, help="Federated rounds [100; small data: 30].")] = None,
     clients: Annotated[int | None, typer.Option(min=1, help="Clients in all [100; small data: 10].")] = None,
     cohort_size: Annotated[int | None, typer.Option(min=1, help="Clients a round [10].")] = None,

@@ -12,6 +12,7 @@ from torch import Tensor
 from slt_planner.config import StepSettings
 from slt_planner.data.augment import random_crop_flip
 from slt_planner.data.datasets import Dataset, normalise
+from slt_planner.federated.nested_widths import TrainedWidth, nested_widths
 from slt_planner.memory.limit import memory_limit
 from slt_planner.memory.step import as_batch, make_optimizer, training_step
 from slt_planner.submodel.extract import SubModel
@@ -19,13 +20,17 @@ from slt_planner.submodel.extract import SubModel
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How a client trains: epochs over its images in batches of `batch_size`, at one learning rate a round."""
+    """How a client trains: epochs over its images in batches of `batch_size`, at one learning rate a round.
+
+    With `widths` each batch trains the network of one of these head scales, drawn by chance.
+    """
 
     step: StepSettings
     batch_size: int
     epochs: int
     learning_rate: float
     enforce: bool = False
+    widths: tuple[float, ...] = ()
 
 
 def train_client(
@@ -44,19 +49,50 @@ def train_client(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
-        model.train()
-        optimizer = make_optimizer(model.parameters(), training.step.optimizer, training.learning_rate)
-        adapter, total, images = model.extraction.graph.adapter, torch.zeros(()), 0
-        limit: AbstractContextManager[object] = nullcontext()
-        if budget_bytes is not None:
-            limit = memory_limit(budget_bytes, model, optimizer)
+        steps = [
+            _Step(trained, training.step, _limit(budget_bytes, model, trained)) for trained in _widths(model, training)
+        ]
+        total, images = torch.zeros(()), 0
         for batch, labels in local_batches(dataset, indices, training, generator):
-            with limit:
-                loss = training_step(model, optimizer, batch, labels, training.step, adapter)
+            step = steps[0] if len(steps) == 1 else steps[int(torch.randint(len(steps), (), generator=generator))]
+            loss = step.run(batch, labels)
             total += loss * len(batch)
             images += len(batch)
             del loss  # the next step's memory is to be its own
+            if len(steps) > 1:
+                step.trained.optimizer.zero_grad()  # gradients of one width must not wait beside those of the next
     return float(total) / images
+
+
+def _widths(model: SubModel, training: LocalTraining) -> tuple[TrainedWidth, ...]:
+    """What a batch may train: the sub-model, or one of several widths of it."""
+    if training.widths:
+        return nested_widths(model, training.widths, training.step, training.learning_rate)
+    return (TrainedWidth(model, make_optimizer(model.parameters(), training.step.optimizer, training.learning_rate)),)
+
+
+def _limit(budget_bytes: int | None, model: SubModel, trained: TrainedWidth) -> AbstractContextManager[object]:
+    """Nothing, or what makes a step that passes the budget fail."""
+    if budget_bytes is None:
+        return nullcontext()
+    held = () if trained.model is model else (model,)  # a narrower network is a view of it
+    return memory_limit(budget_bytes, trained.model, trained.optimizer, *held)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A training step, again and again."""
+
+    trained: TrainedWidth
+    settings: StepSettings
+    limit: AbstractContextManager[object]
+
+    def run(self, batch: Tensor, labels: Tensor) -> Tensor:
+        """One step; gives the loss."""
+        model, optimizer = self.trained.model.train(), self.trained.optimizer
+        adapter = model.extraction.graph.adapter
+        with self.limit:
+            return training_step(model, optimizer, batch, labels, self.settings, adapter)
 
 
 def local_batches(

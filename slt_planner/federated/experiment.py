@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from slt_planner.config import LeverSet, Norms
+from slt_planner.config import Norms
 from slt_planner.data.datasets import load_dataset
 from slt_planner.environment import environment
 from slt_planner.federated.client import LocalTraining, learning_rate
@@ -17,7 +17,7 @@ from slt_planner.federated.evaluate import evaluate, recalibrate
 from slt_planner.federated.result import RoundRow, RunResult, RunSettings, RunTier
 from slt_planner.federated.run_folder import RunFolder
 from slt_planner.federated.setup import Run, default_settings, image_shape, load_network, prepare
-from slt_planner.federated.strategies.base import ServerState, apply
+from slt_planner.federated.strategies.base import ClientStep, ServerState, apply
 from slt_planner.memory.step import threads
 from slt_planner.planning.plan import Plan
 from slt_planner.submodel.extract import extract
@@ -82,14 +82,14 @@ def train(
         rounds: federated rounds; by default by the data set's size.
         model: the network to start from, or its name as `load_model` takes it; by default the plan's, initialised by
             the seed.
-        strategy: ``slt`` or ``small``.
+        strategy: one of `StrategyName`.
         out: the run folder.
         force: overwrite the files of an existing run.
         settings: more fields of `RunSettings`, such as ``clients=100``.
 
     Raises:
         ValueError: settings, data or model that are wrong or do not go together, or a folder that exists.
-        InfeasibleError: no small network fits (strategy ``small``), or a step needs more than its tier's budget here.
+        InfeasibleError: nothing that the strategy trains fits, or a step needs more than its tier's budget here.
     """
     seed = settings.get("seed", 0)
     network = load_network(plan, seed if isinstance(seed, int) else 0, model)
@@ -121,7 +121,7 @@ def run_round(run: Run, state: ServerState) -> tuple[ServerState, RoundRow]:
         round=number,
         stage=stage,
         config=config,
-        learning_rate=local_training(run, state, ()).learning_rate,
+        learning_rate=_learning_rate(run, state),
         accuracy=accuracy,
         loss=_finite(loss),
         train_loss=_finite(float(np.mean(log.losses))) if log.losses else None,
@@ -150,18 +150,22 @@ def draw_cohort(run: Run, state: ServerState) -> Sequence[Assignment]:
     def assignment(client: int) -> Assignment:
         tier = tiers[run.tier_of[client]]
         step = run.strategy.client_step(state, tier.name, client)
-        training = local_training(run, state, step.levers)
+        training = local_training(run, state, step)
         return Assignment(client, step.config, training, run.images_of[client], tier.budget_bytes)
 
     return [assignment(int(client)) for client in drawn]
 
 
-def local_training(run: Run, state: ServerState, levers: LeverSet) -> LocalTraining:
-    """How a client of the next round trains with these levers."""
+def local_training(run: Run, state: ServerState, client_step: ClientStep) -> LocalTraining:
+    """How a client of the next round trains this step."""
+    settings, rate = run.settings, _learning_rate(run, state)
+    step = run.step_with(client_step.levers).settings
+    return LocalTraining(step, settings.local_batch, settings.local_epochs, rate, settings.enforce, client_step.widths)
+
+
+def _learning_rate(run: Run, state: ServerState) -> float:
     settings = run.settings
-    rate = learning_rate(state.round + 1, settings.rounds, settings.learning_rate, settings.final_learning_rate)
-    step = run.step_with(levers).settings
-    return LocalTraining(step, settings.local_batch, settings.local_epochs, rate, settings.enforce)
+    return learning_rate(state.round + 1, settings.rounds, settings.learning_rate, settings.final_learning_rate)
 
 
 def judge(run: Run, state: ServerState) -> dict[str, object]:

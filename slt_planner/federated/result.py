@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+StrategyName = Literal["slt", "small", "full", "federated-dropout", "fedrolex", "heterofl", "fjord", "fedolf"]
+
+
 class RunSettings(Record):
     """Everything but the plan that a run is made from; saved, with the plan, as config.json.
 
@@ -19,7 +22,7 @@ class RunSettings(Record):
     rounds. With `enforce` clients train under their tier's budget.
     """
 
-    strategy: Literal["slt", "small"]
+    strategy: StrategyName
     dataset: str
     rounds: int = Field(ge=1, le=10**6)
     clients: int = Field(ge=1, le=10**7)

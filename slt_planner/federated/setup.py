@@ -13,8 +13,7 @@ from slt_planner.data.partition import partition
 from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.strategies.base import ClientStep, ServerState, Strategy, init
-from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
-from slt_planner.federated.strategies.small import SmallNetwork
+from slt_planner.federated.strategies.registry import make_strategy
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.calibrate import calibrate
 from slt_planner.memory.measure import measure
@@ -114,7 +113,7 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
 
     Raises:
         InputError: settings that contradict each other, the plan or the data.
-        InfeasibleError: no small network fits (strategy ``small``), or a step needs more than its tier's budget here.
+        InfeasibleError: nothing that the strategy trains fits, or a step needs more than its tier's budget here.
     """
     _check_settings(plan, settings)
     model, graph = network
@@ -126,13 +125,6 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
         images = partition(dataset.train_labels, settings.clients, settings.partition, settings.seed)
         peaks = _client_peaks(plan, settings, graph, strategy)
     return Run(plan, settings, graph, strategy, dataset, tier_of, tuple(images), peaks, init(model))
-
-
-def make_strategy(plan: Plan, settings: RunSettings, graph: ModelGraph) -> Strategy:
-    """The strategy of a run, by its name."""
-    if settings.strategy == "small":
-        return SmallNetwork(plan, graph)
-    return SuccessiveLayerTraining(plan, settings.rounds)
 
 
 def deal_clients(plan: Plan, settings: RunSettings) -> tuple[int, ...]:
@@ -173,7 +165,7 @@ def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy
                 peaks[step] = measure(extract(graph, None, step.config, spec.norms), spec, details=False).peak_bytes
             if settings.enforce:
                 calibrate(graph, [step.config], spec)
-            if peaks[step] > tier.budget_bytes:
+            if strategy.keeps_budgets and peaks[step] > tier.budget_bytes:
                 raise InfeasibleError(
                     f"tier {tier.name}: a step of {step.config} at batch {spec.batch_size} needs "
                     f"{format_bytes(peaks[step], round_up=True)} on this machine; make the plan again here"

@@ -149,7 +149,7 @@ def _walk_head(
             walk.regions[node] = node.meta.get("full")
             walk.hold_whole(node)
         else:
-            walk.visit(node, walk.keep(node, config.head_scale))
+            walk.visit(node, walk.keep(node, config))
     return walk
 
 
@@ -202,7 +202,7 @@ class _Walk:
             if self.held.setdefault(id(attrgetter(name)(module)), kept) != kept:
                 raise refusal(node, kind_name(node, module), "is used more than once, at different widths")
 
-    def keep(self, node: fx.Node, head_scale: float) -> Callable[[int], Dimension]:
+    def keep(self, node: fx.Node, config: Config) -> Callable[[int], Dimension]:
         """The width a node is to give: the scaled one, the one it gates, or what those need that it is stored for."""
 
         def width(size: int) -> Dimension:
@@ -217,7 +217,7 @@ class _Walk:
             if not node.meta["data"]:
                 return full
             layout: Layout = node.meta.get("layout", Layout(1, size, 1))
-            return full.keeping(layout.kept(head_scale))
+            return full.keeping(layout.kept(config.head_scale, config.channels))
 
         return width
 

@@ -198,7 +198,7 @@ def _reshape_group(
         kept = inner_in[0].kept
         return given, [replace(d, kept=kept) if d.size > 1 else d for d in output], splits
     mask = np.zeros([d.size for d in given], dtype=bool)
-    mask[np.ix_(*[np.asarray(d.indices) for d in given])] = True
+    mask[np.ix_(*[np.asarray(d.indices, dtype=int) for d in given])] = True
     box = mask.reshape([d.size for d in output])
     kept_by_dimension: list[np.ndarray] = []
     rest: NDArray[np.bool_] = box

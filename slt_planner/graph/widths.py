@@ -7,13 +7,16 @@ known ones, and README a small example.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
 
+import numpy as np
 from torch import fx, nn
 
+from slt_planner.config import Channels
 from slt_planner.errors import UnsupportedLayerError
 from slt_planner.graph.record import where
 from slt_planner.graph.region import Axis, Dimension, Region, Split
@@ -56,6 +59,7 @@ class Needs:
         self._whole: dict[str, set[tuple[int, int]]] = {}
         self._factors: dict[str, set[tuple[int, int]]] = {}
         self._joined: dict[str, frozenset[str]] = {}
+        self._together: dict[str, frozenset[str]] = {}
 
     def steps(self, dimension: Dimension, step: int) -> None:
         """This dimension must come in whole steps of `step` entries."""
@@ -84,8 +88,12 @@ class Needs:
         """Operators whose outputs meet in one dimension have one width: what one needs, all need."""
         for dimension in region:
             if dimension.axis is not None:
-                joined = frozenset().union(*(self._joined.get(m, {m}) for m in dimension.axis.makers))
-                self._joined |= dict.fromkeys(joined, joined)
+                _unite(self._joined, dimension.axis.makers)
+                self.choose_together(dimension)
+
+    def choose_together(self, *dimensions: Dimension) -> None:
+        """Of all these dimensions the same steps are to be kept, whichever are."""
+        _unite(self._together, frozenset().union(*(d.axis.makers for d in dimensions if d.axis is not None)))
 
     def factor(self, dimension: Dimension) -> None:
         """This dimension is combined to one: where it is a factor of the channels, the others are scaled."""
@@ -95,36 +103,66 @@ class Needs:
 
     def layout(self, maker: str, size: int) -> "Layout":
         """How the outputs of a weight-bearing operator are scaled so that all its users can take them."""
-        makers = self._joined.get(maker, {maker})
+        makers, chosen_with = self._joined.get(maker, {maker}), min(self._together.get(maker, {maker}))
         needed = {stride for m in makers for stride in self._strides.get(m, ())}
         strides = sorted({s for s in needed if s < size} | {1}, reverse=True)
         bounds = [size, *strides]
         if any(large % small for large, small in pairwise(bounds)):
-            return Layout(size, 1, 1)  # its users want steps that do not go together: it is not scaled
+            return Layout(size, 1, 1, chosen_with)  # its users want steps that do not go together: it is not scaled
         whole = {factor for m in makers for factor in self._whole.get(m, ())}
         if len(bounds) > 2:  # all of the channels are no factor of them
             whole |= {factor for m in makers for factor in self._factors.get(m, ())}
         for large, small in pairwise(bounds):
             if (small, large // small) not in whole:
-                return Layout(size // large, large // small, small)
-        return Layout(size, 1, 1)
+                return Layout(size // large, large // small, small, chosen_with)
+        return Layout(size, 1, 1, chosen_with)
+
+
+def _unite(classes: dict[str, frozenset[str]], members: frozenset[str]) -> None:
+    """Make one class of the classes of these members."""
+    united = frozenset().union(*(classes.get(m, {m}) for m in members))
+    classes |= dict.fromkeys(united, united)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Outputs as `outer` x `count` x `inner`: a scale keeps the first of the `count`, and all of the others."""
+    """Outputs as `outer` x `count` x `inner`: a scale keeps some of the `count` steps, and all of the others.
+
+    Layers with the same `chosen_with` keep the same steps, whichever are chosen.
+    """
 
     outer: int
     count: int
     inner: int
+    chosen_with: str = ""
 
-    def kept(self, head_scale: float) -> tuple[int, ...] | range:
+    def kept(self, head_scale: float, channels: Channels = "first") -> tuple[int, ...] | range:
         """The outputs that are kept at a scale, ascending."""
-        width = scaled_width(self.count, head_scale) * self.inner
-        if self.outer == 1:
-            return range(width)
+        steps = chosen_steps(channels, self.count, scaled_width(self.count, head_scale), self.chosen_with)
+        if self.outer == 1 and isinstance(steps, range):
+            return range(len(steps) * self.inner)
         block = self.count * self.inner
-        return tuple(o * block + i for o in range(self.outer) for i in range(width))
+        return tuple(
+            o * block + s * self.inner + i for o in range(self.outer) for s in steps for i in range(self.inner)
+        )
+
+
+def chosen_steps(channels: Channels, count: int, width: int, chosen_with: str) -> Sequence[int]:
+    """Which `width` of `count` steps are kept, ascending; a range where they are the first ones.
+
+    ``rolling:N`` is the window of FedRolex (arXiv 2212.01548, section 3): steps N, N + 1, ..., counted around the end.
+    ``random:SEED`` draws without replacement, for each `chosen_with` anew.
+
+    >>> chosen_steps("rolling:6", 8, 4, "conv1")
+    (0, 1, 6, 7)
+    """
+    kind, _, number = channels.partition(":")
+    if kind == "first" or width == count:
+        return range(width)
+    if kind == "rolling":
+        return tuple(sorted((int(number) + i) % count for i in range(width)))
+    random = np.random.default_rng([int(number), zlib.crc32(chosen_with.encode())])
+    return tuple(sorted(random.permutation(count)[:width].tolist()))
 
 
 Keep: TypeAlias = Callable[[int], Dimension]

@@ -119,7 +119,7 @@ class Forecaster:
 
 def _config_key(config: Config) -> str:
     """A configuration as text, exactly."""
-    return f"{config.freeze_depth} {config.full_depth} {config.head_scale!r}"
+    return f"{config.freeze_depth} {config.full_depth} {config.head_scale!r} {config.channels}"
 
 
 def _is_open(graph: ModelGraph) -> bool:

@@ -21,14 +21,23 @@ class ServerState:
 
 @dataclass(frozen=True)
 class ClientStep:
-    """What a client trains, and the levers of its step, beside those of the plan's."""
+    """What a client trains, and the levers of its step, beside those of the plan's.
+
+    With `widths` each batch trains the sub-model of one of these head scales, drawn by chance; `config` has the widest.
+    """
 
     config: Config
     levers: LeverSet = ()
+    widths: tuple[float, ...] = ()
 
 
 class Strategy(Protocol):
     """A federated method. Rounds count from 1; a state of `round` r is about to do round r + 1."""
+
+    @property
+    def keeps_budgets(self) -> bool:
+        """Whether what its clients train must fit their tier's budget."""
+        ...
 
     def tier_steps(self, tier: str) -> tuple[ClientStep, ...]:
         """Everything a client of a tier will ever train, a step for each size; empty if the tier sits out."""
@@ -49,6 +58,36 @@ class Strategy(Protocol):
     def evaluation_config(self, state: ServerState) -> Config:
         """The sub-model that the next round is judged by: the widest that it trains."""
         ...
+
+
+class OneStepATier:
+    """A method without stages: every tier trains its own step in all rounds; tiers without one sit out."""
+
+    keeps_budgets = True
+
+    def __init__(self, steps: Mapping[str, ClientStep]) -> None:
+        self._steps = dict(steps)
+
+    def tier_steps(self, tier: str) -> tuple[ClientStep, ...]:
+        """The tier's one step."""
+        return (self._steps[tier],) if tier in self._steps else ()
+
+    def tier_step(self, state: ServerState, tier: str) -> ClientStep:
+        """The tier's one step."""
+        return self._steps[tier]
+
+    def stage(self, state: ServerState) -> int:
+        """There is one stage."""
+        return 0
+
+    def client_step(self, state: ServerState, tier: str, client: int) -> ClientStep:
+        """What all clients of the tier train."""
+        return self._steps[tier]
+
+    def evaluation_config(self, state: ServerState) -> Config:
+        """The widest network that a tier trains."""
+        widest = max(step.config.head_scale for step in self._steps.values())
+        return Config(freeze_depth=0, full_depth=0, head_scale=widest)
 
 
 def init(model: nn.Module) -> ServerState:

@@ -16,6 +16,8 @@ class SuccessiveLayerTraining:
         InputError: fewer rounds than stages.
     """
 
+    keeps_budgets = True
+
     def __init__(self, plan: Plan, rounds: int) -> None:
         self._stages = {
             tier.name: tuple(ClientStep(stage.config, stage.levers) for stage in tier.stages) for tier in plan.tiers

@@ -59,16 +59,21 @@ def _depthwise(arrives: Dimension, out: int) -> _Weights:
 
 
 def _grouped(op: Operator, arrives: Dimension, out: int, groups: int) -> _Weights:
-    """The first whole groups, and their inputs."""
+    """Whole groups, usually the first ones, and their inputs."""
     each_in, each_out = arrives.size // groups, out // groups
     op.needs.steps(arrives, each_in)
     given = op.keep(out)
     op.needs.steps(given, each_out)
-    kept_groups = given.width // each_out
-    taken = arrives if kept_groups == groups else arrives.keeping(range(kept_groups * each_in))
+    op.needs.choose_together(arrives, given)
+    kept_groups = sorted({output // each_out for output in given.indices})
+    taken = arrives
+    if len(kept_groups) < groups:
+        taken = arrives.keeping(tuple(group * each_in + i for group in kept_groups for i in range(each_in)))
     if not set(taken.indices) <= set(arrives.indices):
-        raise op.refused(f"with groups={groups} needs the first {taken.width} channels, and not all of them come")
-    return _Weights(taken, given, (given,), {"in_channels": taken.width, "groups": kept_groups})
+        raise op.refused(
+            f"with groups={groups} needs the {taken.width} channels of its groups, and not all of them come"
+        )
+    return _Weights(taken, given, (given,), {"in_channels": taken.width, "groups": len(kept_groups)})
 
 
 @rule(*_TRANSPOSED, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", weighted=True)

@@ -1,0 +1,91 @@
+"""Ordered dropout within a client (FjORD, arXiv 2102.13451): one set of weights, trained at several nested widths."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slt_planner.config import StepSettings
+from slt_planner.errors import UnsupportedLayerError
+from slt_planner.graph.widths import Index
+from slt_planner.memory.step import as_trained, make_optimizer
+from slt_planner.submodel.extract import SubModel, extract, tensor_indices
+
+
+@dataclass(frozen=True)
+class TrainedWidth:
+    """A sub-model and its optimizer."""
+
+    model: SubModel
+    optimizer: torch.optim.Optimizer
+
+
+def nested_widths(
+    widest: SubModel, widths: tuple[float, ...], step: StepSettings, learning_rate: float
+) -> tuple[TrainedWidth, ...]:
+    """The network at several head scales, in one set of weights and of optimizer state: those of the widest.
+
+    Weights, buffers and momentum of a narrower one are views of the widest's, so that a step at one width changes the
+    entries that it has and no others, and all widths together take the memory of the widest.
+
+    Raises:
+        UnsupportedLayerError: a layer's narrower entries are not its first ones (such as after a concatenation).
+    """
+    extraction = widest.extraction
+    graph, own = extraction.graph, make_optimizer(widest.parameters(), step.optimizer, learning_rate)
+    _make_state(own)
+    kept, held = tensor_indices(graph, extraction.config), widest.held_state()
+    by_name = dict(widest.named_parameters())
+    trained = []
+    for width in widths:
+        if width == extraction.config.head_scale:
+            trained.append(TrainedWidth(widest, own))
+            continue
+        config = extraction.config.model_copy(update={"head_scale": width})
+        narrow = as_trained(extract(graph, None, config, step.norms), step)
+        places = tensor_indices(graph, config)
+        for name in narrow.held_state():
+            _find(narrow, name).data = _first_entries(held[name], kept[name], places[name], name)
+        optimizer = make_optimizer(narrow.parameters(), step.optimizer, learning_rate)
+        for name, parameter in narrow.named_parameters():
+            optimizer.state[parameter] = {
+                key: _first_entries(value, kept[name], places[name], name) if value.dim() else value
+                for key, value in own.state.get(by_name[name], {}).items()
+            }
+        trained.append(TrainedWidth(narrow, optimizer))
+    return tuple(trained)
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Bring momentum into being, all zero, and change no weight."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _find(model: nn.Module, fqn: str) -> Tensor:
+    path, _, leaf = fqn.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor
+
+
+def _first_entries(wide: Tensor, kept: Index, narrow: Index, name: str) -> Tensor:
+    """A view of the entries that the narrower index keeps of what the wider one does."""
+    view = wide.detach()
+    for dim, (outer, inner) in enumerate(zip(kept, narrow, strict=True)):
+        if list(outer.indices[: inner.width]) != list(inner.indices):
+            raise UnsupportedLayerError(
+                f"{name}: its narrower entries are not its first ones; fjord trains views of them"
+            )
+        view = view.narrow(dim, 0, inner.width)
+    return view
