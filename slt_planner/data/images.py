@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from slt_planner.errors import InputError
 
 Shape = tuple[int, int, int]
 
+_IMAGES_AT_ONCE = 4096  # in numbers wider than a byte
 _PIL_MODES = {1: "L", 3: "RGB"}  # by channels of the model's input
 
 
@@ -26,7 +28,8 @@ class Dataset:
     take eight times the memory.) `mean` and `std` are of the train images, a number a channel, pixels in 0..1;
     a channel that never changes has std 1. `title` names the data to people. `augment` says whether random
     crops and flips of the images alone make sense (a flipped digit is no digit, and the labels of pixels would
-    stay where they were).
+    stay where they were). `train_groups`, int64 (N,), says which train images belong together, numbered from 0, such
+    as by who wrote them; None where nobody knows.
     """
 
     title: str
@@ -38,6 +41,83 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: bool
+    train_groups: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels of train or of test, as a `Dataset` has them."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def make_dataset(
+    title: str, train: Split, test: Split, num_classes: int, augment: bool, train_groups: Tensor | None = None
+) -> Dataset:
+    """A data set of two splits, with the statistics of its train images."""
+    mean, std = channel_statistics(train.images)
+    return Dataset(
+        title=title,
+        train_images=train.images,
+        train_labels=train.labels,
+        test_images=test.images,
+        test_labels=test.labels,
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        augment=augment,
+        train_groups=train_groups,
+    )
+
+
+def check_classes(name: str, classes: int, num_classes: int) -> None:
+    """Refuse models that tell fewer classes apart than a data set has."""
+    if num_classes < classes:
+        raise InputError(f"dataset {name} has {classes} classes, the model {num_classes}; give it at least {classes}")
+
+
+def check_size(where: str, size: tuple[int, int], input_shape: Shape) -> None:
+    """Refuse images of another size (height, width) than the model's."""
+    channels, height, width = input_shape
+    if size != (height, width):
+        raise InputError(
+            f"{where}: the images are {size[0]}x{size[1]} (height x width), the model takes {height}x{width}; "
+            f"plan it with --input-shape {channels},{size[0]},{size[1]}"
+        )
+
+
+def to_labels(values: NDArray[Any], where: str, num_classes: int, first: int = 0) -> Tensor:
+    """Class numbers of a file, (N,), as labels: int64, counted from 0; `first` is the file's number of class 0.
+
+    Raises:
+        InputError: numbers that are not whole, or out of range; the message names the first by its place.
+    """
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise InputError(f"{where}: labels are {values.dtype} of shape {values.shape}; they must be integers (N,)")
+    wrong = np.flatnonzero((values < first) | (values >= first + num_classes))
+    if len(wrong):
+        raise InputError(
+            f"{where}, row {wrong[0]}: label {values[wrong[0]]} is out of range; the model has {num_classes} "
+            f"classes, so labels must be {first}..{first + num_classes - 1}"
+        )
+    return torch.from_numpy(values.astype(np.int64) - first)
+
+
+def to_channels(images: Tensor, channels: int) -> Tensor:
+    """Images, uint8 (N, 1 or 3, H, W), with 1 or 3 channels: grey repeated, colour weighed as Pillow does (ITU-R 601).
+
+    The result is contiguous.
+    """
+    if images.shape[1] == channels:
+        return images.contiguous()
+    if channels == 3:
+        return images.repeat(1, 3, 1, 1)
+    grey = torch.empty((len(images), 1, *images.shape[2:]), dtype=torch.uint8)
+    for some, out in zip(images.split(_IMAGES_AT_ONCE), grey.split(_IMAGES_AT_ONCE), strict=True):
+        red, green, blue = some.to(torch.int32).unbind(1)
+        out[:, 0] = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return grey
 
 
 def check_channels(name: str, channels: int) -> None:
@@ -105,8 +185,10 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     values = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
     for channel in range(images.shape[1]):
-        counts = torch.bincount(images[:, channel].flatten(), minlength=256).double()
-        shares = counts / counts.sum()
+        counts = torch.zeros(256, dtype=torch.int64)
+        for piece in images[:, channel].split(_IMAGES_AT_ONCE):
+            counts += torch.bincount(piece.flatten(), minlength=256)
+        shares = counts.double() / counts.sum()
         mean = (shares * values).sum()
         variance = (shares * (values - mean) ** 2).sum().item()
         means.append(mean.item())

@@ -1,23 +1,14 @@
 """Images with a mask each, the class of every pixel: folders of image files."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slt_planner.data.images import (
-    Dataset,
-    Shape,
-    channel_statistics,
-    check_channels,
-    decode_image,
-    decode_mask,
-    image_format,
-)
+from slt_planner.data.folders import list_folder, read_file, read_images, split_folders, stack
+from slt_planner.data.images import Dataset, Shape, Split, check_channels, decode_mask, image_format, make_dataset
 from slt_planner.errors import InputError
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -49,32 +40,20 @@ def load_masks(folder: Path, input_shape: Shape, num_classes: int) -> Dataset:
     train, test = _find_splits(folder)
     # Masks of both splits first: whatever is wrong with them shows before the larger images are decoded.
     train_labels, test_labels = (_read_masks(pairs, input_shape, num_classes) for pairs in (train, test))
-    train_images = _read_images(train, input_shape)
-    mean, std = channel_statistics(train_images)
-    return Dataset(
-        title=f"{folder.resolve().name} ({image_format(_read(train[0].image))}, with masks)",
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=_read_images(test, input_shape),
-        test_labels=test_labels,
-        num_classes=num_classes,
-        mean=mean,
-        std=std,
+    train_images = read_images([pair.image for pair in train], input_shape)
+    test_images = read_images([pair.image for pair in test], input_shape)
+    return make_dataset(
+        f"{folder.resolve().name} ({image_format(read_file(train[0].image))}, with masks)",
+        Split(train_images, train_labels),
+        Split(test_images, test_labels),
+        num_classes,
         augment=False,
     )
 
 
 def _find_splits(folder: Path) -> tuple[list[_Pair], list[_Pair]]:
     """Images and masks of train and test, in the order of their names."""
-    needed = "it needs train and test (or val), each with the folders images and masks"
-    if not folder.is_dir():
-        raise InputError(f"dataset masks:{folder}: no such folder; {needed}")
-    train, test = folder / "train", folder / "test"
-    if not test.is_dir():
-        test = folder / "val"
-    for split, names in ((train, "train"), (test, "test or val")):
-        if not split.is_dir():
-            raise InputError(f"dataset masks:{folder}: the folder has no {names}; {needed}")
+    train, test = split_folders(f"masks:{folder}", folder, "each with the folders images and masks")
     return _find_pairs(train), _find_pairs(test)
 
 
@@ -110,12 +89,8 @@ def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a split is a folder images and a folder masks, same names in both")
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be read ({error.strerror}); make it readable") from error
     files: dict[str, Path] = {}
-    for path in paths:
+    for path in list_folder(folder):
         if path.name.startswith(".") or path.suffix.lower() not in suffixes:
             continue
         if path.stem in files:
@@ -124,38 +99,16 @@ def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a readable file, or leave it out") from error
-
-
-def _read_images(pairs: list[_Pair], input_shape: Shape) -> Tensor:
-    """Images of a split, (N, C, H, W), uint8."""
-    decoded = (decode_image(_read(pair.image), str(pair.image), input_shape) for pair in pairs)
-    return _stack(decoded, (len(pairs), *input_shape))
-
-
 def _read_masks(pairs: list[_Pair], input_shape: Shape, num_classes: int) -> Tensor:
     """Masks of a split, (N, H, W), uint8."""
     _, height, width = input_shape
     masks = (_read_mask(pair.mask, (height, width), num_classes) for pair in pairs)
-    return _stack(masks, (len(pairs), height, width))
-
-
-def _stack(arrays: Iterable[NDArray[np.uint8]], shape: tuple[int, ...]) -> Tensor:
-    """As many arrays as `shape` says, in one tensor that is there before they are: one at a time is held twice."""
-    stacked = torch.empty(shape, dtype=torch.uint8)
-    values = stacked.numpy()  # the same memory
-    for index, array in enumerate(arrays):
-        values[index] = array
-    return stacked
+    return stack(masks, (len(pairs), height, width))
 
 
 def _read_mask(path: Path, size: tuple[int, int], num_classes: int) -> NDArray[np.uint8]:
     """A mask's class numbers, (H, W), checked."""
-    mask = decode_mask(_read(path), str(path), size)
+    mask = decode_mask(read_file(path), str(path), size)
     wrong = np.argwhere((mask >= num_classes) & (mask != _UNCOUNTED))
     if len(wrong):
         row, column = wrong[0]

@@ -9,7 +9,7 @@ from torch import nn
 
 from slt_planner.config import LeverSet, Record, StepSpec
 from slt_planner.data.datasets import Dataset
-from slt_planner.data.partition import partition
+from slt_planner.data.partition import Partition, partition
 from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.strategies.base import ClientStep, ServerState, Strategy, init
@@ -50,7 +50,7 @@ class Run:
     strategy: Strategy
     dataset: Dataset
     tier_of: tuple[int, ...]
-    images_of: tuple[np.ndarray, ...]
+    images_of: Partition
     client_peaks: Mapping[ClientStep, int]
     start: ServerState
 
@@ -122,9 +122,11 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
         tier_of = deal_clients(plan, settings)
         if not any(strategy.tier_steps(plan.tiers[tier].name) for tier in tier_of):
             raise InputError(f"none of the {settings.clients} clients is in a tier that takes part; use more clients")
-        images = partition(dataset.train_labels, settings.clients, settings.partition, settings.seed)
+        images = partition(
+            dataset.train_labels, settings.clients, settings.partition, settings.seed, groups=dataset.train_groups
+        )
         peaks = _client_peaks(plan, settings, graph, strategy)
-    return Run(plan, settings, graph, strategy, dataset, tier_of, tuple(images), peaks, init(model))
+    return Run(plan, settings, graph, strategy, dataset, tier_of, images, peaks, init(model))
 
 
 def deal_clients(plan: Plan, settings: RunSettings) -> tuple[int, ...]:

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from slt_planner.data import images as images_module
 from slt_planner.data.datasets import load_dataset, normalise
+from slt_planner.data.images import channel_statistics, to_channels
 from slt_planner.errors import InputError
 from tests.unit.tiny_images import SHAPE, as_tensor, assert_load_refused, random_pixels
 
@@ -203,11 +205,40 @@ def test_files_of_more_rows_than_are_read_at_once(folder):
 # parquet, unsound
 
 
-@pytest.mark.parametrize("name", ["", "cifar10", "parquet", "parquet:", "masks", "masks:", "digits:8", "imagefolder:x"])
-def test_unknown_names_are_refused_with_the_known_ones(name):
-    with pytest.raises(InputError, match=r"known are digits, parquet:DIR .* and masks:DIR") as error:
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("", None),
+        ("cats", None),
+        ("mnist", "emnist"),
+        ("parquet", "parquet:DIR"),
+        ("masks:", "masks:DIR"),
+        ("digits:8", "digits"),
+        ("cifar10:x", "cifar10"),
+        ("CIFAR-10", "cifar10"),
+        ("fashionmnist", "fashion-mnist"),
+        ("fashion_mnist", "fashion-mnist"),
+        ("tinyimagenet:x", "tiny-imagenet:DIR"),
+        ("image-folder:x", "imagefolder:DIR"),
+        ("emnist:", "emnist"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_known_ones(name, meant):
+    with pytest.raises(InputError) as error:
         load_dataset(name, SHAPE, 3)
-    assert repr(name) in str(error.value)
+    message = str(error.value)
+    assert message.startswith(f"unknown dataset {name!r}")
+    assert (f"did you mean {meant}?" in message) if meant else "did you mean" not in message
+    for known in ("digits", "cifar10", "cifar100", "fashion-mnist", "emnist", "svhn", "parquet:DIR", "imagefolder:DIR"):
+        assert known in message.split("known are")[1]
+    for known in ("masks:DIR", "femnist:DIR", "tiny-imagenet:DIR", "imagenet64:DIR"):
+        assert known in message.split("known are")[1]
+
+
+@pytest.mark.parametrize("name", ["digits", "parquet:x", "femnist:x"])
+def test_what_is_never_downloaded_says_so(name):
+    with pytest.raises(InputError, match=f"^dataset '{name}' is not for --download; cifar10, .* are$"):
+        load_dataset(name, SHAPE, 10, download=True)
 
 
 def test_a_missing_folder(tmp_path):
@@ -324,6 +355,51 @@ def test_a_null_label(folder):
     assert_refused(folder, "train.parquet, row 2", "null")
 
 
+# parquet with a column of writers
+
+
+def write_with(path, column, values):
+    """Two images a value, labels 0 and 1."""
+    structs = pa.array([{"bytes": code(image)} for image in random_pixels(len(values))])
+    pq.write_table(pa.table({"image": structs, "character": [0, 1, 2][: len(values)], column: values}), path)
+
+
+@pytest.mark.parametrize("column", ["writer_id", "client_id", "user_id"])
+@pytest.mark.parametrize("values", [["b", "a", "b"], [70, -3, 70], pa.array(["b", "a", "b"]).dictionary_encode()])
+def test_images_of_a_writer_are_a_group(folder, column, values):
+    write_with(folder / "train.parquet", column, values)
+    dataset = load(folder)
+    assert dataset.train_groups.tolist() == [1, 0, 1]
+    assert dataset.train_groups.dtype == torch.int64
+    assert dataset.train_labels.tolist() == [0, 1, 2]
+    assert dataset.augment == (column != "writer_id")  # mirrored handwriting is none
+
+
+def test_a_writer_may_have_images_in_several_files(folder):
+    (folder / "train.parquet").unlink()
+    write_with(folder / "train-00000-of-00002.parquet", "writer_id", ["b", "a"])
+    write_with(folder / "train-00001-of-00002.parquet", "writer_id", ["c", "b"])
+    assert load(folder).train_groups.tolist() == [1, 0, 2, 1]
+
+
+def test_without_such_a_column_there_are_no_groups(folder):
+    assert load(folder).train_groups is None
+
+
+@pytest.mark.parametrize("other", ["user_id", "unknown"])
+def test_train_files_with_different_writer_columns(folder, other):
+    (folder / "train.parquet").unlink()
+    write_with(folder / "train-00000-of-00002.parquet", "writer_id", ["b", "a"])
+    write_with(folder / "train-00001-of-00002.parquet", other, ["c", "b"])
+    assert_refused(folder, str(folder), "name writers in different columns", "writer_id")
+
+
+@pytest.mark.parametrize("values", [["a", None], [1, None], [0.5, 1.5], [["a"], ["b"]]])
+def test_a_writer_that_is_none(folder, values):
+    write_with(folder / "train.parquet", "writer_id", values)
+    assert_refused(folder, "train.parquet, row ", "writer_id is ", "a number or a name")
+
+
 def test_a_model_of_neither_one_nor_three_channels(folder):
     assert_refused(folder, "1 or 3 channels", "takes 4", shape=(4, 4, 6))
 
@@ -331,7 +407,30 @@ def test_a_model_of_neither_one_nor_three_channels(folder):
 def test_importing_the_module_loads_none_of_the_readers():
     script = (
         "import sys, slt_planner.data.datasets\n"
-        "print([name for name in ('pyarrow', 'sklearn', 'PIL') if name in sys.modules])"
+        "print([name for name in ('pyarrow', 'sklearn', 'PIL', 'torchvision', 'scipy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# what all formats share
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (1, 4, 6)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_that_are_tensors_are_converted_as_pillow_converts_files(channels, shape, monkeypatch):
+    monkeypatch.setattr(images_module, "_IMAGES_AT_ONCE", 5)  # so that there are several pieces
+    pixels = random_pixels(23, channels=channels)
+    mode = {1: "L", 3: "RGB"}
+    expected = [Image.fromarray(p.squeeze(-1) if channels == 1 else p).convert(mode[shape[0]]) for p in pixels]
+    expected = torch.from_numpy(np.stack([np.asarray(image).reshape(4, 6, shape[0]) for image in expected]))
+    result = to_channels(as_tensor(pixels), shape[0])
+    assert torch.equal(result, expected.permute(0, 3, 1, 2))
+    assert result.is_contiguous()
+
+
+def test_statistics_do_not_depend_on_pieces(monkeypatch):
+    images = as_tensor(random_pixels(23))
+    whole = channel_statistics(images)
+    monkeypatch.setattr(images_module, "_IMAGES_AT_ONCE", 5)
+    assert channel_statistics(images) == whole

@@ -67,7 +67,7 @@ def test_a_large_alpha_tends_to_the_mix_of_iid():
     # 5 of 10 clients' worth of samples are left in every class when these are drawn, so none runs out.
     labels = balanced()
     iid = class_shares(labels, partition(labels, 10, "iid", 0))
-    even = class_shares(labels, partition(labels, 10, "dirichlet:1e9", 0)[:5])
+    even = class_shares(labels, list(partition(labels, 10, "dirichlet:1e9", 0))[:5])
     assert np.abs(even - iid[:5]).max() < 0.08
     assert even.std() < 0.02
 
@@ -134,9 +134,11 @@ def test_labels_need_not_start_at_zero_or_be_dense():
     assert sorted(np.concatenate(parts).tolist()) == list(range(8))
 
 
-@pytest.mark.parametrize("scheme", ["", "IID", "shards:2", "iid:1", "dirichle:1"])
+@pytest.mark.parametrize("scheme", ["", "IID", "shard:2", "iid:1", "dirichle:1", "natural:writer"])
 def test_unknown_schemes_are_refused_by_name(scheme):
-    with pytest.raises(InputError, match=r"unknown partition .*known are iid and dirichlet:ALPHA") as error:
+    with pytest.raises(
+        InputError, match=r"unknown partition .*known are iid, dirichlet:ALPHA .* shards:N .* and natural$"
+    ) as error:
         partition(balanced(), 10, scheme, 0)
     assert repr(scheme) in str(error.value)
 
