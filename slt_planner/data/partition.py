@@ -165,7 +165,7 @@ def partition(
     than `minimum` samples are left out and counted. `clients` None takes all others, a smaller number draws so many.
 
     >>> [part.tolist() for part in partition(np.array([0, 1, 0, 1]), 2, "shards:1", seed=0)]
-    [[0, 2], [1, 3]]
+    [[3, 1], [0, 2]]
 
     Raises:
         InputError: an unknown scheme or a wrong number in it; no client; fewer than `minimum` samples for a client;

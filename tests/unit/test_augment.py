@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slt_planner.data.augment import crop_flip, random_crop_flip
 
@@ -97,3 +98,25 @@ def test_all_offsets_and_flips_are_drawn_evenly():
     seen = (moved == 2).flatten(1).any(1)
     flipped = (marks > columns[seen]).float().mean().item()
     assert flipped == pytest.approx(0.5, abs=0.02)
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_takes_as_many_operators_as_one_image():
+    ran = {}
+    for count in (1, 500):
+        with Operators() as operators:
+            random_crop_flip(random_images(count), torch.Generator().manual_seed(0))
+        ran[count] = operators.names
+    assert ran[1] == ran[500]
+    assert sum("aten.index.Tensor" in name for name in ran[500]) == 1  # the one gather
