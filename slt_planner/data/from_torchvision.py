@@ -76,6 +76,8 @@ def _read(name: str, source: _Source, train: bool, input_shape: Shape, root: Pat
         if missing := _missing(source, root):
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"dataset {name}: {missing} could not be fetched into {root} ({reason})") from error
+        if isinstance(error, OSError) and error.filename:
+            raise InputError(f"dataset {name}: {error.filename} cannot be read ({error.strerror})") from error
         if wrong := _wrong(source, root):
             raise InputError(
                 f"dataset {name}: {root / wrong} is damaged (not the MD5 sum it should have); {again}"
