@@ -109,7 +109,7 @@ def _unknown(name: str) -> str:
     spelled = {kind.replace("-", ""): shown for kind, shown in known.items()}
     asked = name.partition(":")[0].lower().replace("-", "").replace("_", "")
     close = difflib.get_close_matches(asked, spelled, n=1, cutoff=0.8)
-    meant = f" - did you mean {spelled[close[0]]}?" if close else ""
+    meant = f" (did you mean {spelled[close[0]]}?)" if close else ""
     return f"unknown dataset {name!r}{meant}; known are {', '.join(known.values())} (DIR a folder)"
 
 

@@ -12,7 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from slt_planner.data.folders import check_folder, list_folder
-from slt_planner.data.images import Dataset, Shape, Split, check_size, make_dataset, to_channels, to_labels
+from slt_planner.data.images import (
+    Dataset,
+    Shape,
+    Split,
+    check_channels,
+    check_size,
+    make_dataset,
+    to_channels,
+    to_labels,
+)
 from slt_planner.errors import InputError
 
 _TRAIN = re.compile(r"train_data_batch_(\d{1,4})\.npz")
@@ -24,6 +33,7 @@ _FIRST_LABEL = 1  # the files count classes from 1
 def load_imagenet64(folder: Path, input_shape: Shape, num_classes: int) -> Dataset:
     """Load ``imagenet64:DIR``, see `load_dataset`."""
     name = f"imagenet64:{folder}"
+    check_channels(name, input_shape[0])
     check_folder(name, folder, _NEEDED)
     train_files = _train_files(name, folder)
     if not (folder / _TEST).is_file():
@@ -69,18 +79,16 @@ def _read_split(paths: list[Path], input_shape: Shape, num_classes: int) -> Spli
 
 def _read(path: Path, name: str) -> NDArray[Any]:
     """One array of a file, not empty."""
+    damaged = InputError(f"{path}: {name} cannot be read; give a whole .npz file of numbers, without pickles")
+    if not zipfile.is_zipfile(path):
+        raise damaged
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle is a program, and data is not to be run
-            if isinstance(file, np.lib.npyio.NpzFile) and name in file:
-                array = file[name]
-            else:
-                raise InputError(f"{path}: no array {name!r} in it; it must hold data and labels")
-    except InputError:
-        raise
+            array = file.get(name)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(
-            f"{path}: {name} cannot be read; give a whole .npz file of numbers, without pickles"
-        ) from error
+        raise damaged from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: no array {name!r} in it; it must hold data and labels")
     if not array.size:
         raise InputError(f"{path}: {name} is empty; give at least one image")
     return array
