@@ -35,6 +35,11 @@ def split_folders(name: str, folder: Path, each: str) -> tuple[Path, Path]:
     return train, test
 
 
+def in_one_line(error: Exception) -> str:
+    """What another library says of a failure, short enough for a message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def list_folder(folder: Path) -> list[Path]:
     """What is in a folder, by name, without hidden files.
 

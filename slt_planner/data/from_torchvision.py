@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slt_planner.data.folders import in_one_line
 from slt_planner.data.images import (
     Dataset,
     Shape,
@@ -74,7 +75,7 @@ def _read(name: str, source: _Source, train: bool, input_shape: Shape, root: Pat
             images, labels = source.read(train, download)
     except Exception as error:  # loaders and downloads raise nearly everything: OSError, RuntimeError, AssertionError
         if missing := _missing(source, root):
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = in_one_line(error)
             raise InputError(f"dataset {name}: {missing} could not be fetched into {root} ({reason})") from error
         if isinstance(error, OSError) and error.filename:
             raise InputError(f"dataset {name}: {error.filename} cannot be read ({error.strerror})") from error

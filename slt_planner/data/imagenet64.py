@@ -3,7 +3,6 @@
 import math
 import re
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slt_planner.data.folders import check_folder, list_folder
+from slt_planner.data.folders import check_folder, in_one_line, list_folder
 from slt_planner.data.images import (
     Dataset,
     Shape,
@@ -79,14 +78,16 @@ def _read_split(paths: list[Path], input_shape: Shape, num_classes: int) -> Spli
 
 def _read(path: Path, name: str) -> NDArray[Any]:
     """One array of a file, not empty."""
-    damaged = InputError(f"{path}: {name} cannot be read; give a whole .npz file of numbers, without pickles")
     if not zipfile.is_zipfile(path):
-        raise damaged
+        raise InputError(f"{path}: not a .npz file, or damaged; give a whole one")
     try:
-        with np.load(path, allow_pickle=False) as file:  # a pickle is a program, and data is not to be run
+        # A pickle is a program, and data is not to be run.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             array = file.get(name)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise damaged from error
+    except Exception as error:  # damaged bytes raise OSError, ValueError, BadZipFile, NotImplementedError and more
+        raise InputError(
+            f"{path}: {name} cannot be read ({in_one_line(error)}); give a whole .npz file of numbers, without pickles"
+        ) from error
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: no array {name!r} in it; it must hold data and labels")
     if not array.size:

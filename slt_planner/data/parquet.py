@@ -166,6 +166,11 @@ def _read_writers(files: list[_File]) -> Tensor | None:
             f"({', '.join(sorted(str(column) for column in columns))}); give all of them one column"
         )
     writers = [writer for file in files for writer in _file_writers(file)]
+    if len({type(writer) for writer in writers}) > 1:
+        raise InputError(
+            f"{files[0].path.parent}: {files[0].writer_column} is a number in some train files and a string in others; "
+            "give all of them one type"
+        )
     _, numbers = np.unique(np.array(writers), return_inverse=True)
     return torch.from_numpy(numbers.astype(np.int64))
 

@@ -394,6 +394,13 @@ def test_train_files_with_different_writer_columns(folder, other):
     assert_refused(folder, str(folder), "name writers in different columns", "writer_id")
 
 
+def test_train_files_with_different_types_of_writers(folder):
+    (folder / "train.parquet").unlink()
+    write_with(folder / "train-00000-of-00002.parquet", "writer_id", ["70", "a"])
+    write_with(folder / "train-00001-of-00002.parquet", "writer_id", [70, 71])
+    assert_refused(folder, str(folder), "writer_id is a number in some train files and a string in others")
+
+
 @pytest.mark.parametrize("values", [["a", None], [1, None], [0.5, 1.5], [["a"], ["b"]]])
 def test_a_writer_that_is_none(folder, values):
     write_with(folder / "train.parquet", "writer_id", values)

@@ -1,6 +1,7 @@
 """`imagenet64:DIR`, on batches of 8x8."""
 
 import pickle
+import random
 import zipfile
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from slt_planner.data.datasets import load_dataset
+from slt_planner.errors import InputError
 from tests.unit.tiny_images import as_tensor, assert_load_refused, random_pixels
 
 SHAPE = (3, 8, 8)
@@ -80,7 +82,7 @@ class Bomb:
 
 def test_pickles_are_not_run(folder):
     (folder / "val_data.npz").write_bytes(pickle.dumps(Bomb()))
-    assert_refused(folder, f"{folder / 'val_data.npz'}: labels cannot be read", "without pickles")
+    assert_refused(folder, f"{folder / 'val_data.npz'}: not a .npz file")
     np.savez(folder / "val_data.npz", data=rows_of(random_pixels(1, 8, 8)), labels=np.array([Bomb()], dtype=object))
     assert_refused(folder, f"{folder / 'val_data.npz'}: labels cannot be read", "without pickles")
     for path in folder.glob("train*"):
@@ -93,7 +95,26 @@ def test_pickles_are_not_run(folder):
 def test_a_damaged_file(folder, damage):
     path = folder / "train_data_batch_3.npz"
     path.write_bytes(damage(path.read_bytes()))
-    assert_refused(folder, f"{path}: labels cannot be read; give a whole .npz file")
+    assert_refused(folder, f"{path}: not a .npz file, or damaged")
+
+
+def test_any_damage_is_told_in_one_line_or_does_no_harm(folder):
+    path, draw = folder / "val_data.npz", random.Random(0)
+    content = path.read_bytes()
+    for number in range(2, 12):
+        (folder / f"train_data_batch_{number}.npz").unlink()
+    messages = []
+    for _ in range(100):
+        damaged = bytearray(content)
+        for place in draw.choices([*range(200), *range(len(content) - 200, len(content))], k=draw.choice((1, 2, 5))):
+            damaged[place] = draw.randrange(256)  # where the headers are
+        path.write_bytes(damaged)
+        try:
+            load(folder)
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 30
+    assert not [message for message in messages if "\n" in message or str(path) not in message]
 
 
 def test_damage_inside_an_array(folder):
@@ -109,7 +130,7 @@ def test_a_single_array_in_place_of_several(folder):
     path = folder / "val_data.npz"
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
-    assert_refused(folder, f"{path}: labels cannot be read; give a whole .npz file")
+    assert_refused(folder, f"{path}: not a .npz file")
 
 
 def test_something_else_in_place_of_an_array(folder):
