@@ -37,8 +37,8 @@ class Screen:
     - its tensors are not the ones that its configuration trains, by name and shape,
     - its training loss, or a number in it, is not finite,
     - it moves the weights absurdly far: its `Verdict.change` is more than `max_change` times the median of the
-      `recent_changes`. Before there are any, in the first round of a run, the size of the weights that were sent (their
-      root mean square) stands in for the median.
+      `recent_changes`. While these are none or zero, as in the first round of a run, the size of the weights that
+      were sent (their root mean square) stands in for it.
 
     All updates of a round are judged alike, by what was there before it, so neither their order nor the engine matters.
     Changes of updates that are refused as too far belong to the recent ones, too: where all clients move further from
@@ -67,8 +67,8 @@ class Screen:
         except InputError as error:
             return Verdict(str(error))
         parameters = [name for name in trained if isinstance(self.graph.tensor(name), nn.Parameter)]
-        if missing := [name for name in parameters if name not in update]:
-            return Verdict(f"an update lacks {missing[0]}")
+        if missing := [name for name in parameters if name not in update or not update[name].is_floating_point()]:
+            return Verdict(f"an update lacks {missing[0]}, or has it in whole numbers")
         if not math.isfinite(loss):
             return Verdict("its training loss is not finite")
         for name, value in update.items():
