@@ -62,26 +62,43 @@ class Screen:
         if config not in self._trained:
             self._trained[config] = trained_indices(self.graph, config)
         trained = self._trained[config]
-        try:
-            check_update(update, trained, self.graph, samples)
-        except InputError as error:
-            return Verdict(str(error))
         parameters = [name for name in trained if isinstance(self.graph.tensor(name), nn.Parameter)]
-        if missing := [name for name in parameters if name not in update or not update[name].is_floating_point()]:
-            return Verdict(f"an update lacks {missing[0]}, or has it in whole numbers")
+        if (misfit := _misfit(update, trained, parameters, self.graph, samples)) is not None:
+            return Verdict(misfit)
         if not math.isfinite(loss):
             return Verdict("its training loss is not finite")
-        for name, value in update.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                return Verdict(f"{name} is not finite")
         sent = {name: take(self.weights[name], trained[name]) for name in parameters}
         change = _root_mean_square([update[name].detach().to(value) - value for name, value in sent.items()])
+        others = [name for name in update if name not in sent and update[name].is_floating_point()]
+        # Where the sum over a tensor is finite its elements are: they are looked at only where it is not.
+        suspects = others if math.isfinite(change) else [*parameters, *others]
+        for name in suspects:
+            if not bool(torch.isfinite(update[name]).all()):
+                return Verdict(f"{name} is not finite")
+        if not math.isfinite(change):
+            return Verdict("it moves the weights further than can be measured")
         usual = (median(self.recent_changes) if self.recent_changes else 0.0) or _root_mean_square(list(sent.values()))
         if change <= self.max_change * usual or usual == 0:
             return Verdict(None, change)
         return Verdict(f"it moves the weights {change / usual:.3g} times as far as usual", change)
 
 
+def _misfit(
+    update: Mapping[str, Tensor],
+    trained: Mapping[str, Index],
+    parameters: Sequence[str],
+    graph: ModelGraph,
+    samples: int,
+) -> str | None:
+    """Why these cannot be the tensors that a client trained: each parameter must be there, buffers may be."""
+    try:
+        check_update(update, trained, graph, samples)
+    except InputError as error:
+        return str(error)
+    missing = [name for name in parameters if name not in update or not update[name].is_floating_point()]
+    return f"an update lacks {missing[0]}, or has it in whole numbers" if missing else None
+
+
 def _root_mean_square(tensors: Sequence[Tensor]) -> float:
-    squares = sum(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in tensors)
+    squares = sum(float(torch.linalg.vector_norm(tensor)) ** 2 for tensor in tensors)
     return math.sqrt(squares / max(1, sum(tensor.numel() for tensor in tensors)))

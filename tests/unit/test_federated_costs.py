@@ -8,8 +8,8 @@ import pytest
 from slt_planner.config import Config, Tier
 from slt_planner.federated.accounting import ClientCosts, Visit, client_costs, round_costs
 from slt_planner.federated.availability import answer
-from slt_planner.federated.experiment import draw_cohort, run_round
 from slt_planner.federated.progress import Holders, Plateau, Progress
+from slt_planner.federated.rounds import draw_cohort, run_round
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.planning.costs import unchanging_bytes

@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 
 from slt_planner.config import Config
 from slt_planner.federated.engines import local
-from slt_planner.federated.experiment import run_round
 from slt_planner.federated.refusals import Screen
+from slt_planner.federated.rounds import draw_cohort, run_round
 from slt_planner.graph.trace import trace
 from slt_planner.models.registry import load_model
 from slt_planner.submodel.extract import extract
+from slt_planner.submodel.merge import merge
 from tests.unit import tiny_runs
 from tests.unit.tiny_runs import GRAPH, network, prepared, run
 
@@ -49,7 +50,8 @@ def test_an_update_that_moves_as_usual_is_used_and_measured():
         (lambda update: update.update({"8.bias": torch.zeros(3, dtype=torch.int64)}), "8.bias, or has it in whole"),
         (lambda update: update["3.weight"].view(-1)[5].fill_(math.nan), "3.weight is not finite"),
         (lambda update: update["3.weight"].view(-1)[5].fill_(-math.inf), "3.weight is not finite"),
-        (lambda update: update["3.weight"].fill_(3e38), "it moves the weights .* times as far as usual"),
+        (lambda update: update["3.weight"].fill_(1e9), "it moves the weights .* times as far as usual"),
+        (lambda update: update["3.weight"].fill_(3e38), "it moves the weights further than can be measured"),
     ],
 )
 def test_what_is_wrong_with_an_update_is_named(change, words):
@@ -127,7 +129,7 @@ def test_a_round_goes_on_without_a_refused_client_as_if_it_had_not_been_chosen(m
     with monkeypatch.context() as patch:
         spoiling(patch, second_is_spoilt)
         after, row = run_round(prepared_run, prepared_run.start)
-    cohort = np_cohort(prepared_run)
+    cohort = cohort_of(prepared_run)
     assert (row.clients, row.refused) == (3, 1)
     assert [(r.client, r.reason) for r in row.refusals] == [(cohort[1], "3.weight is not finite")]
     assert row.train_loss == pytest.approx((calls[0] + calls[2]) / 2)
@@ -137,16 +139,13 @@ def test_a_round_goes_on_without_a_refused_client_as_if_it_had_not_been_chosen(m
     assert len(after.progress.recent_changes) == 2
 
 
-def np_cohort(prepared_run):
-    from slt_planner.federated.experiment import draw_cohort
-
+def cohort_of(prepared_run):
     return [assignment.client for assignment in draw_cohort(prepared_run, prepared_run.start)]
 
 
 def expected_without(prepared_run, client):
     """The merge of the other clients' updates, each trained alone."""
-    from slt_planner.federated.experiment import draw_cohort
-    from slt_planner.submodel.merge import merge
+    from slt_planner.federated.rounds import draw_cohort
 
     updates = []
     for own in draw_cohort(prepared_run, prepared_run.start):
