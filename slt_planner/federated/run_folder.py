@@ -57,10 +57,11 @@ class RunFolder:
             return
         folder = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"run {self.path}: another process is at work on it; wait until it ends") from error
             yield
-        except BlockingIOError as error:
-            raise InputError(f"run {self.path}: another process is at work on it; wait until it ends") from error
         finally:
             os.close(folder)
 
@@ -71,6 +72,8 @@ class RunFolder:
     def keep_rounds(self, rounds: int) -> list[RoundRow]:
         """The first rows of metrics.jsonl; those after them are dropped from it, to be made again.
 
+        What a killed process left half written goes, too.
+
         Raises:
             InputError: there are fewer.
         """
@@ -80,6 +83,8 @@ class RunFolder:
                 f"run {self.path}: {METRICS} has {len(rows)} rounds, but the checkpoint is of round {rounds}; "
                 f"without {CHECKPOINT} the run begins again at its first round"
             )
+        for name in _FILES:
+            _remove_half_written(self.path / name)
         write_text(self.path / METRICS, "".join(f"{line}\n" for line in lines[:rounds]), force=True)
         return list(rows[:rounds])
 
@@ -162,9 +167,15 @@ def remove_events(folder: Path) -> None:
 
 
 def _remove(file: Path) -> None:
-    """Remove a file of a run, what a killed process left of one, and a folder that is then empty below the run's."""
-    for own in (file, *file.parent.glob(f".{file.name}.*")):
-        own.unlink(missing_ok=True)
+    """Remove a file of a run, and its folder below the run's if that is then empty."""
+    _remove_half_written(file)
+    file.unlink(missing_ok=True)
     below = file.parent.name in (TENSORBOARD, Path(CHECKPOINT).parent.name)
     if below and file.parent.is_dir() and not any(file.parent.iterdir()):
         file.parent.rmdir()
+
+
+def _remove_half_written(file: Path) -> None:
+    """What a process that was killed while it wrote a file has left of it (`files.write_bytes`)."""
+    for own in file.parent.glob(f".{file.name}.*"):
+        own.unlink(missing_ok=True)

@@ -104,6 +104,7 @@ def test_rounds_past_the_checkpoint_are_dropped_and_made_again(whole, begun, tmp
         metrics.write('{"round": 6, "sta')  # the crash came in the middle of a line
     (folder / "checkpoint").mkdir(exist_ok=True)
     (folder / "checkpoint" / ".state.safetensors.x1y2").write_bytes(b"half a check")  # and of a checkpoint
+    (folder / ".config.json.x1y2").write_bytes(b"{")
     made = []
     result = continue_run(begun, folder, progress=lambda row: made.append(row.round))
     assert made == list(range(1 if last < 4 else 5, 7))
