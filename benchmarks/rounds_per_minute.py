@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from slt_planner.data.datasets import load_dataset, normalise
 from slt_planner.environment import environment
 from slt_planner.federated.client import LocalTraining, client_seed, learning_rate, local_batches
-from slt_planner.federated.experiment import draw_cohort, run_round
 from slt_planner.federated.result import RunSettings
+from slt_planner.federated.rounds import draw_cohort, run_round
 from slt_planner.federated.setup import Run, image_shape, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.files import write_text

@@ -16,7 +16,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 if TYPE_CHECKING:
     from slt_planner.config import Config, Optimizer, StepSpec, Tier
     from slt_planner.errors import BudgetExceeded, InfeasibleError, InputError, SltError, UnsupportedLayerError
-    from slt_planner.federated.experiment import train
+    from slt_planner.federated.experiment import resume, train
     from slt_planner.federated.result import RunResult
     from slt_planner.federated.run_folder import load_run
     from slt_planner.graph.adapter import Adapter
@@ -69,6 +69,7 @@ _HOME = {
     "merge": "submodel.merge",
     "predict": "memory.predict",
     "report": "reporting.report",
+    "resume": "federated.experiment",
     "solve": "planning.solve",
     "trace": "graph.trace",
     "train": "federated.experiment",
@@ -107,6 +108,7 @@ __all__ = [
     "merge",
     "predict",
     "report",
+    "resume",
     "solve",
     "trace",
     "train",

@@ -1,18 +1,18 @@
-"""`slt-train`: a plan goes in, a federated run, its folder and its report come out."""
+"""`slt-train`: a plan goes in, federated runs, their folders and their report come out; or begun runs are continued."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from slt_planner.cli.common import command_line, consoles, validated
-from slt_planner.config import Metric
+from slt_planner.cli.common import chosen, command_line, consoles, validated
+from slt_planner.cli.live import LiveRounds
 from slt_planner.errors import InputError, SltError
-from slt_planner.federated.result import RoundRow, RunResult, RunSettings, StrategyName
-from slt_planner.federated.run_folder import METRICS, PICTURE, REPORT, clear_runs
+from slt_planner.federated.result import RunResult, RunSettings, StrategyName
+from slt_planner.federated.run_folder import METRICS, PICTURE, REPORT, SETTINGS, clear_runs, load_run, run_folders
 from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan, load_plan
 from slt_planner.reporting.report import report as write_report
@@ -20,12 +20,15 @@ from slt_planner.reporting.terminal import run_table
 
 if TYPE_CHECKING:
     from slt_planner.data.datasets import Dataset
+    from slt_planner.federated.setup import Run
 
 _STRATEGIES = get_args(StrategyName)
+_GO_WITH_RESUME = {"resume", "model", "json_output"}
 
 
 def train(
-    plan: Annotated[Path, typer.Option(help="The plan to run, made by slt-plan.")],
+    context: typer.Context,
+    plan: Annotated[Path | None, typer.Option(help="The plan to run, made by slt-plan.")] = None,
     dataset: Annotated[str, typer.Option(help="digits (embedded, 8x8 images), parquet:DIR or masks:DIR.")] = "digits",
     model: Annotated[
         str | None,
@@ -45,7 +48,23 @@ def train(
     final_learning_rate: Annotated[float, typer.Option(help="In the last round; cosine between.")] = 0.01,
     partition: Annotated[str, typer.Option(help="How images are split over clients: iid or dirichlet:ALPHA.")] = "iid",
     seed: Annotated[int, typer.Option(help="Of initial weights, split, cohorts and batches.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Make each run with so many seeds, from --seed on.")] = 1,
+    rounds_policy: Annotated[
+        str, typer.Option(help="planned, or plateau: slt goes on sooner where the loss stops falling.")
+    ] = "planned",
+    plateau_patience: Annotated[int, typer.Option(help="Rounds without a lower loss that end a stage.")] = 5,
+    plateau_threshold: Annotated[float, typer.Option(help="By how much of itself a loss must fall to count.")] = 0.01,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Rounds from one evaluation to the next.")] = 1,
+    client_dropout: Annotated[float, typer.Option(help="Chance that a chosen client never answers.")] = 0.0,
+    stragglers: Annotated[float, typer.Option(help="Chance that a chosen client answers too late.")] = 0.0,
+    max_change: Annotated[
+        float, typer.Option(help="An update that moves the weights so many times as far as usual is refused.")
+    ] = 10.0,
     out: Annotated[Path | None, typer.Option(help="The run folder [runs/DATE-TIME].")] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Rounds from one checkpoint to the next.")] = 1,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a run, or with a folder of runs; takes no other settings.")
+    ] = None,
     enforce: Annotated[
         bool, typer.Option("--enforce", help="Run clients under their tier's budget: a step that would pass it fails.")
     ] = False,
@@ -54,35 +73,55 @@ def train(
 ) -> None:
     """Run a plan, and what it competes with, in a simulated federation.
 
-    Several strategies go into subfolders of the run folder. Ctrl-C ends a run early and leaves a readable folder.
+    Several strategies or seeds go into subfolders of the run folder. Ctrl-C ends a run early and leaves a readable
+    folder, from which --resume goes on; so it does after a crash.
     """
     console, progress_console = consoles(json_output)
-    loaded = load_plan(plan)
-    strategies = _strategies(strategy)
-    out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    if not force:
-        refuse_existing([out])
-    given = {"rounds": rounds, "clients": clients, "cohort_size": cohort_size, "local_batch": local_batch}
-    fixed = {
-        "dataset": dataset,
-        "local_epochs": local_epochs,
-        "learning_rate": learning_rate,
-        "final_learning_rate": final_learning_rate,
-        "partition": partition,
-        "seed": seed,
-        "enforce": enforce,
-    }
-    check_writable([out / METRICS])
-    results = _run_all(loaded, model, strategies, given, fixed, out, force, progress_console)
+    if resume is not None:
+        _refuse_settings(context, resume)
+        out, results = resume, _continue_all(_begun_runs(resume, model, progress_console), progress_console)
+    else:
+        if plan is None:
+            raise InputError("--plan is needed, a plan made by slt-plan; or --resume, a run to go on with")
+        loaded = load_plan(plan)
+        strategies = _strategies(strategy)
+        out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+        if not force:
+            refuse_existing([out])
+        given = {"rounds": rounds, "clients": clients, "cohort_size": cohort_size, "local_batch": local_batch}
+        fixed = {
+            "dataset": dataset,
+            "local_epochs": local_epochs,
+            "learning_rate": learning_rate,
+            "final_learning_rate": final_learning_rate,
+            "partition": partition,
+            "evaluate_every": evaluate_every,
+            "checkpoint_every": checkpoint_every,
+            "client_dropout": client_dropout,
+            "stragglers": stragglers,
+            "max_change": max_change,
+            "enforce": enforce,
+        }
+        if chosen(rounds_policy, "--rounds-policy", ("planned", "plateau")) == "plateau" and "slt" not in strategies:
+            raise InputError(f"--rounds-policy plateau is for stages; {', '.join(strategies)} has none")
+        of_stages = {
+            "rounds_policy": rounds_policy,
+            "plateau_patience": plateau_patience,
+            "plateau_threshold": plateau_threshold,
+        }
+        check_writable([out / METRICS])
+        wanted = [(name, number) for name in strategies for number in range(seed, seed + seeds)]
+        runs = _new_runs(loaded, model, wanted, given, fixed, of_stages, progress_console)
+        results = _continue_all(_begin_all(runs, out, force), progress_console)
     write_report(results, out / REPORT, force=True, command=command_line(), picture=out / PICTURE)
     if json_output:
         print("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")
     console.print(run_table(results))
-    line = f"Written: {out}/ (metrics, weights, {REPORT}, {PICTURE})"
+    line = f"Written: {out}/ (metrics, weights, TensorBoard log, {REPORT}, {PICTURE})"
     console.print(line, soft_wrap=True, markup=False, highlight=False)
     if results[-1].status == "stopped":
-        done, wanted = len(results[-1].rows), results[-1].settings.rounds
-        raise SltError(f"stopped after round {done} of {wanted}; what is done is in {out}")
+        done, wanted_rounds = len(results[-1].rows), results[-1].settings.rounds
+        raise SltError(f"stopped after round {done} of {wanted_rounds}; go on with slt-train --resume {out}")
 
 
 def _strategies(text: str) -> list[str]:
@@ -95,82 +134,105 @@ def _strategies(text: str) -> list[str]:
     return names
 
 
-def _run_all(
+def _refuse_settings(context: typer.Context, resume: Path) -> None:
+    """A run goes on as it was begun."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name not in _GO_WITH_RESUME and source is not None and source.name != "DEFAULT":
+            raise InputError(
+                f"{parameter.opts[0]} does not go with --resume: {resume} goes on as it was begun, see {SETTINGS}"
+            )
+
+
+def _new_runs(
     plan: Plan,
     model: str | None,
-    strategies: list[str],
+    wanted: Sequence[tuple[str, int]],
     given: dict[str, int | None],
-    fixed: dict[str, object],
-    out: Path,
-    force: bool,
+    fixed: dict[str, Any],
+    of_stages: dict[str, Any],
     console: Console,
-) -> list[RunResult]:
+) -> "list[Run]":
+    """All are prepared before the first one runs: what is wrong with the last must not cost the hours of the others."""
     from slt_planner.data.datasets import load_dataset
-    from slt_planner.federated.experiment import run_experiment
     from slt_planner.federated.setup import default_settings, image_shape, load_network, prepare
 
-    seed = validated(RunSettings, strategy="slt", rounds=1, clients=1, cohort_size=1, local_batch=2, **fixed).seed
-    network = load_network(plan, seed, model)
-    data = load_dataset(str(fixed["dataset"]), image_shape(plan), plan.num_classes)
+    fewest: dict[str, Any] = {"rounds": 1, "clients": 1, "cohort_size": 1, "local_batch": 2}
+
+    def settings_of(strategy: str, seed: int, sizes: dict[str, int]) -> RunSettings:
+        own = of_stages if strategy == "slt" else {}
+        return validated(RunSettings, strategy=strategy, seed=seed, **sizes, **fixed, **own)
+
+    for strategy, seed in wanted:
+        settings_of(strategy, seed, fewest)
+    network = load_network(plan, wanted[0][1], model)
+    data = load_dataset(fixed["dataset"], image_shape(plan), plan.num_classes)
     defaults = default_settings(plan, data, given["clients"]).model_dump()
-    chosen = defaults | {name: value for name, value in given.items() if value is not None}
-    line = _words(data, chosen, given["local_batch"], plan)
+    sizes = defaults | {name: value for name, value in given.items() if value is not None}
+    line = _words(data, sizes, given["local_batch"], plan)
     console.print(line, soft_wrap=True, markup=False, highlight=False)
-    # All are prepared before the first one runs: what is wrong with the last must not cost the hours of the others.
-    all_settings = [validated(RunSettings, strategy=name, **chosen, **fixed) for name in strategies]
-    runs = [prepare(plan, settings, data, network) for settings in all_settings]
+    networks = {seed: load_network(plan, seed, model) if seed != wanted[0][1] else network for _, seed in wanted}
+    return [prepare(plan, settings_of(name, seed, sizes), data, networks[seed]) for name, seed in wanted]
+
+
+def _begin_all(runs: "Sequence[Run]", out: Path, force: bool) -> "list[tuple[Path, Run]]":
+    """Each with its folder, which is there from now on; so all can be resumed, whatever happens to the first."""
+    from slt_planner.federated.experiment import begin_run
+
     if force:
         clear_runs(out)
-    results: list[RunResult] = []
+    begun = []
     for run in runs:
-        name = run.settings.strategy
-        folder = out if len(runs) == 1 else out / f"{name}-seed{seed}"
-        with _Live(name, run.settings.rounds, run.graph.adapter.metric, console) as live:
-            results.append(run_experiment(run, folder, force=force, progress=live.show))
+        folder = out if len(runs) == 1 else out / f"{run.settings.strategy}-seed{run.settings.seed}"
+        begin_run(run, folder, force)
+        begun.append((folder, run))
+    return begun
+
+
+def _begun_runs(path: Path, model: str | None, console: Console) -> "list[tuple[Path, Run | RunResult]]":
+    """The runs of a folder: as they ended, or prepared to go on; all before the first one goes on."""
+    from slt_planner.federated.experiment import prepare_again
+
+    results = [(folder, load_run(folder)) for folder in run_folders(path)]
+    begun: list[tuple[Path, Run | RunResult]] = []
+    data: dict[str, Dataset] = {}
+    for folder, result in results:
+        if result.status == "finished":
+            line = f"{folder}: finished after {len(result.rows)} rounds, nothing is left to do"
+            begun.append((folder, result))
+        else:
+            line = f"{folder}: goes on, {len(result.rows)} of {result.settings.rounds} rounds were done"
+            run = prepare_again(result, model, data.get(result.settings.dataset))
+            data[result.settings.dataset] = run.dataset
+            begun.append((folder, run))
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return begun
+
+
+def _continue_all(begun: "Sequence[tuple[Path, Run | RunResult]]", console: Console) -> list[RunResult]:
+    from slt_planner.federated.experiment import continue_run
+
+    results: list[RunResult] = []
+    for folder, run in begun:
+        if isinstance(run, RunResult):
+            results.append(run)
+            continue
+        title = run.settings.strategy if len({r.settings.seed for _, r in begun}) == 1 else folder.name
+        with LiveRounds(title, run.settings.rounds, run.graph.adapter.metric, console) as live:
+            results.append(continue_run(run, folder, progress=live.show))
         if results[-1].status == "stopped":
             break
     return results
 
 
-def _words(data: "Dataset", chosen: dict[str, int], asked_batch: int | None, plan: Plan) -> str:
+def _words(data: "Dataset", sizes: dict[str, int], asked_batch: int | None, plan: Plan) -> str:
     """What is trained on, and a word about the local batch where it is not the plan's."""
-    images = len(data.train_labels) // chosen["clients"]
-    line = f"{data.title}: {len(data.train_labels):,} images, about {images} for each of {chosen['clients']} clients"
-    if asked_batch is None and chosen["local_batch"] < plan.batch_size:
+    images = len(data.train_labels) // sizes["clients"]
+    line = f"{data.title}: {len(data.train_labels):,} images, about {images} for each of {sizes['clients']} clients"
+    if asked_batch is None and sizes["local_batch"] < plan.batch_size:
         line += (
-            f"; local batch {chosen['local_batch']}, not the plan's {plan.batch_size}, "
+            f"; local batch {sizes['local_batch']}, not the plan's {plan.batch_size}, "
             "so that a client can fill several (it needs less memory than planned)"
         )
     return line
-
-
-class _Live:
-    """Rounds as they come: a bar on a terminal, a plain line each otherwise."""
-
-    def __init__(self, strategy: str, rounds: int, metric: Metric, console: Console) -> None:
-        self._strategy, self._rounds, self._console = strategy, rounds, console
-        self._metric = metric.replace("_", " ")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task(strategy, total=rounds)
-
-    def __enter__(self) -> "_Live":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, row: RoundRow) -> None:
-        """Show a finished round."""
-        line = (
-            f"{self._strategy} round {row.round}/{self._rounds}  stage {row.stage}  {row.config}  "
-            f"{self._metric} {row.accuracy:.1%}  loss {_short(row.loss)}  {row.seconds:.1f} s"
-        )
-        self._bar.update(self._task, advance=1, description=f"{self._strategy} {row.config} {row.accuracy:.1%}")
-        if not self._console.is_terminal:
-            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def _short(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.3f}"

@@ -1,28 +1,26 @@
 """A plan goes in, a federated run comes out: the loop over rounds, and the folder it leaves."""
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
-from slt_planner.config import Norms
-from slt_planner.data.datasets import load_dataset
+from slt_planner.config import Config, Norms
+from slt_planner.data.datasets import Dataset, load_dataset
 from slt_planner.environment import environment
-from slt_planner.federated.client import LocalTraining, learning_rate
-from slt_planner.federated.engines.local import Assignment, RoundLog, run_clients
+from slt_planner.errors import InputError
+from slt_planner.federated.checkpoint import load_checkpoint, save_checkpoint
 from slt_planner.federated.evaluate import evaluate, recalibrate
 from slt_planner.federated.result import RoundRow, RunResult, RunSettings, RunTier
-from slt_planner.federated.run_folder import RunFolder
+from slt_planner.federated.rounds import EVALUATION_STREAM, run_round
+from slt_planner.federated.run_folder import TENSORBOARD, RunFolder, load_run
 from slt_planner.federated.setup import Run, default_settings, image_shape, load_network, prepare
-from slt_planner.federated.strategies.base import ClientStep, ServerState, apply
+from slt_planner.federated.strategies.base import ServerState
+from slt_planner.federated.tensorboard_log import TensorboardLog
 from slt_planner.memory.step import threads
 from slt_planner.planning.plan import Plan
 from slt_planner.submodel.extract import extract
-
-_COHORT_STREAM, _EVALUATION_STREAM = 2, 3  # keep these uses of the seed apart from the others
 
 
 def run_experiment(
@@ -42,26 +40,82 @@ def run_experiment(
     Raises:
         InputError: the folder exists and `force` is False, or it cannot be written.
     """
+    begin_run(run, folder, force)
+    return continue_run(run, folder, progress)
+
+
+def begin_run(run: Run, folder: Path, force: bool = False) -> None:
+    """Make the folder of a run, from which `continue_run` can go on; as `run_experiment`."""
     with threads(run.plan.step) as number:
-        result = _empty_result(run, environment(number))
-        run_folder = RunFolder(folder, force)
-        run_folder.write_settings(result)
-        state, rows, outcome = run.start, list[RoundRow](), dict[str, object]()
-        try:
-            while state.round < run.settings.rounds:
-                state, row = run_round(run, state)
-                rows.append(row)
-                run_folder.append(row)
-                progress(row)
-            outcome = judge(run, state)
-        except KeyboardInterrupt:
-            pass  # what is done is kept, and the result says "stopped"
+        RunFolder(folder).begin(_empty_result(run, environment(number)), force)
+
+
+def continue_run(run: Run, folder: Path, progress: Callable[[RoundRow], None] = lambda row: None) -> RunResult:
+    """Do the rounds of a run that its folder does not have yet, and come to the end it would have come to at once.
+
+    The run goes on from its checkpoint, or from its first round if it has none; rows of rounds past that are dropped
+    and made again. An interrupt (Ctrl-C) ends it early; it can be continued then.
+
+    Raises:
+        InputError: the run is not the one that the folder was begun with, the checkpoint and the rows do not go
+            together, another process is at work on the run, or its folder cannot be written.
+    """
+    run_folder = RunFolder(folder)
+    with threads(run.plan.step), run_folder.alone():
+        result = load_run(folder)
+        _check_same(run, result, folder)
+        state = load_checkpoint(folder, run.graph, run.start) or run.start
+        rows, outcome = run_folder.keep_rounds(state.round), dict[str, object]()
+        with closing(TensorboardLog(folder / TENSORBOARD, rows)) as log:
+            try:
+                while state.round < run.settings.rounds:
+                    after, row = run_round(run, state)
+                    run_folder.append(row)
+                    rows.append(row)
+                    state = after
+                    if state.round % run.settings.checkpoint_every == 0:
+                        save_checkpoint(folder, run.graph, state)
+                    log.add(row)
+                    progress(row)
+                outcome = judge(run, state, _last_config(run, rows))
+            except KeyboardInterrupt:  # what is done is kept, and the result says "stopped"
+                save_checkpoint(folder, run.graph, state)
         result = _with_rows(result, rows).model_copy(update=outcome)
-        run_folder.write_settings(result)
-        trained = run.strategy.evaluation_config(replace(state, round=max(0, state.round - 1)))
+        trained = _last_config(run, rows)
         weights = recalibrate(run.graph, state.weights, trained, run.dataset, run.settings.seed)
         run_folder.write_weights(weights, trained)
+        run_folder.write_settings(result)  # after the weights: what is finished has them
+        if result.status == "finished":
+            run_folder.remove_checkpoint()
     return result
+
+
+def resume(folder: str | Path, model: nn.Module | str | None = None) -> RunResult:
+    """Go on with a run that was interrupted, killed or never begun, to the end that it would have come to at once.
+
+    Args:
+        folder: the run folder.
+        model: the network, where the plan's is not one of a library; it must be the one that the run was begun with.
+
+    Raises:
+        ValueError: not a run folder, or a network, data or files that are not the run's.
+        InfeasibleError: as `train`.
+    """
+    result = load_run(folder)
+    return result if result.status == "finished" else continue_run(prepare_again(result, model), Path(folder))
+
+
+def prepare_again(result: RunResult, model: nn.Module | str | None = None, dataset: Dataset | None = None) -> Run:
+    """The run that a run folder was begun with, prepared as it was then; `dataset` where it is loaded already.
+
+    Raises:
+        InputError: the network is not the plan's, or the data are not there any more.
+        InfeasibleError: as `prepare`.
+    """
+    plan, settings = result.plan, result.settings
+    network = load_network(plan, settings.seed, model)
+    data = dataset or load_dataset(settings.dataset, image_shape(plan), plan.num_classes)
+    return prepare(plan, settings, data, network)
 
 
 def train(
@@ -102,75 +156,9 @@ def train(
     return run_experiment(prepare(plan, run_settings, data, network), Path(out), force)
 
 
-def run_round(run: Run, state: ServerState) -> tuple[ServerState, RoundRow]:
-    """One round: train a cohort, merge, evaluate."""
-    began = time.perf_counter()
-    settings, strategy, step, number = run.settings, run.strategy, run.plan.step, state.round + 1
-    cohort = draw_cohort(run, state)
-    stage, config, log = strategy.stage(state), strategy.evaluation_config(state), RoundLog()
-    measured = {
-        tier.name: run.client_peaks[strategy.tier_step(state, tier.name)]
-        for tier in run.plan.tiers
-        if strategy.tier_steps(tier.name)
-    }
-    updates = run_clients(run.graph, state, cohort, run.dataset, settings.seed, log)
-    state = apply(run.graph, state, updates)
-    judged = extract(run.graph, state.weights, config, step.norms)
-    accuracy, loss = evaluate(judged, run.dataset, step, settings.seed + _EVALUATION_STREAM)
-    row = RoundRow(
-        round=number,
-        stage=stage,
-        config=config,
-        learning_rate=_learning_rate(run, state),
-        accuracy=accuracy,
-        loss=_finite(loss),
-        train_loss=_finite(float(np.mean(log.losses))) if log.losses else None,
-        bytes_up=log.bytes_up,
-        bytes_down=log.bytes_down,
-        clients=len(cohort),
-        refused=log.refused,
-        measured_peak_bytes=measured,
-        train_seconds=log.train_seconds,
-        seconds=time.perf_counter() - began,
-    )
-    return state, row
-
-
-def _finite(number: float) -> float | None:
-    return number if np.isfinite(number) else None
-
-
-def draw_cohort(run: Run, state: ServerState) -> Sequence[Assignment]:
-    """This round's clients, in the order their updates are folded; those whose tier sits out are not drawn."""
-    tiers = run.plan.tiers
-    eligible = [client for client, tier in enumerate(run.tier_of) if run.strategy.tier_steps(tiers[tier].name)]
-    random = np.random.default_rng([run.settings.seed, _COHORT_STREAM, state.round + 1])
-    drawn = random.choice(eligible, size=min(run.settings.cohort_size, len(eligible)), replace=False)
-
-    def assignment(client: int) -> Assignment:
-        tier = tiers[run.tier_of[client]]
-        step = run.strategy.client_step(state, tier.name, client)
-        training = local_training(run, state, step)
-        return Assignment(client, step.config, training, run.images_of[client], tier.budget_bytes)
-
-    return [assignment(int(client)) for client in drawn]
-
-
-def local_training(run: Run, state: ServerState, client_step: ClientStep) -> LocalTraining:
-    """How a client of the next round trains this step."""
-    settings, rate = run.settings, _learning_rate(run, state)
-    step = run.step_with(client_step.levers).settings
-    return LocalTraining(step, settings.local_batch, settings.local_epochs, rate, settings.enforce, client_step.widths)
-
-
-def _learning_rate(run: Run, state: ServerState) -> float:
-    settings = run.settings
-    return learning_rate(state.round + 1, settings.rounds, settings.learning_rate, settings.final_learning_rate)
-
-
-def judge(run: Run, state: ServerState) -> dict[str, object]:
-    """The final network's accuracy by both kinds of statistics, as fields of a finished result."""
-    seed, config = run.settings.seed, run.strategy.evaluation_config(state)
+def judge(run: Run, state: ServerState, config: Config) -> dict[str, object]:
+    """The accuracy of what was trained last, by both kinds of statistics, as fields of a finished result."""
+    seed = run.settings.seed
     weights = recalibrate(run.graph, state.weights, config, run.dataset, seed)
     kinds: tuple[tuple[Norms, str], ...] = (
         ("static", "accuracy_batch_statistics"),
@@ -179,8 +167,23 @@ def judge(run: Run, state: ServerState) -> dict[str, object]:
     outcome: dict[str, object] = {"status": "finished"}
     for norms, name in kinds:
         model = extract(run.graph, weights, config, norms)
-        outcome[name], _ = evaluate(model, run.dataset, run.plan.step, seed + _EVALUATION_STREAM)
+        outcome[name], _ = evaluate(model, run.dataset, run.plan.step, seed + EVALUATION_STREAM)
     return outcome
+
+
+def _last_config(run: Run, rows: Sequence[RoundRow]) -> Config:
+    """What the last round was judged by; before the first one, what that will be."""
+    return rows[-1].config if rows else run.strategy.evaluation_config(run.start)
+
+
+def _check_same(run: Run, begun: RunResult, folder: Path) -> None:
+    """Whether a run is the one that a folder was begun with; its measured peaks are those of this machine."""
+    own = _empty_result(run, begun.environment)
+    for name in ("settings", "plan", "metric", "dataset_title", "train_images", "test_images", "head_scale"):
+        now, then = getattr(own, name), getattr(begun, name)
+        if now != then:
+            told = f", {then}, and is {now} here" if isinstance(then, (str, int, float)) else ""
+            raise InputError(f"run {folder}: its {name.replace('_', ' ')} was another one when it began{told}")
 
 
 def _empty_result(run: Run, made_on: dict[str, str]) -> RunResult:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slt_planner.config import Config, Metric, Record
 from slt_planner.planning.plan import Plan
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 StrategyName = Literal["slt", "small", "full", "federated-dropout", "fedrolex", "heterofl", "fjord", "fedolf"]
 
+TIMING_FIELDS = frozenset({"train_seconds", "evaluate_seconds", "seconds"})
+"""What differs in the rows of a run that is made again; everything else is the same to the bit."""
+
 
 class RunSettings(Record):
     """Everything but the plan that a run is made from; saved, with the plan, as config.json.
@@ -20,6 +23,12 @@ class RunSettings(Record):
     `dataset` is what was given (``digits``, ``parquet:DIR`` or ``masks:DIR``), `partition` ``iid`` or
     ``dirichlet:ALPHA``. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
     rounds. With `enforce` clients train under their tier's budget.
+
+    The test images are evaluated every `evaluate_every` rounds and after the last, the state is kept every
+    `checkpoint_every`. `client_dropout` and `stragglers` are the probabilities that a chosen client never answers, and
+    that it answers too late; `max_change` times the usual change of the weights is what an update may bring
+    (`refusals.Screen`). With the `rounds_policy` ``plateau`` a stage also ends when its training loss has not fallen by
+    `plateau_threshold` for `plateau_patience` rounds (`progress.Plateau`). docs/training.md explains them.
     """
 
     strategy: StrategyName
@@ -34,30 +43,60 @@ class RunSettings(Record):
     partition: str = "iid"
     seed: int = Field(default=0, ge=0, lt=2**32)
     enforce: bool = False
+    evaluate_every: int = Field(default=1, ge=1)
+    checkpoint_every: int = Field(default=1, ge=1)
+    client_dropout: float = Field(default=0.0, ge=0, lt=1)
+    stragglers: float = Field(default=0.0, ge=0, lt=1)
+    max_change: float = Field(default=10.0, gt=1)
+    rounds_policy: Literal["planned", "plateau"] = "planned"
+    plateau_patience: int = Field(default=5, ge=1)
+    plateau_threshold: float = Field(default=0.01, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _stages_end_where_there_are_some(self) -> "RunSettings":
+        if self.rounds_policy == "plateau" and self.strategy != "slt":
+            raise ValueError(f"the rounds policy plateau is for stages; {self.strategy} has none")
+        return self
+
+
+class Refusal(Record):
+    """A client whose update was not used, and why."""
+
+    client: int
+    reason: str
 
 
 class RoundRow(Record):
     """One round, one line of metrics.jsonl.
 
     `accuracy` (0 to 1; the run's metric, where that is another) and `loss` are of the sub-model trained this round, on
-    the test images; a loss that is not
-    finite is None. `measured_peak_bytes` is a client's measured step at the local batch, allocator ruler, by tier.
-    `seconds` = `train_seconds` + evaluation and the rest.
+    the test images; both are None in a round without evaluation, a loss also where it is not finite.
+
+    Of the `clients` chosen, `dropped_out` never answered, `stragglers` answered too late, and the updates of `refused`
+    were not used, for the reasons in `refusals`. `bytes_down`, `bytes_up` and `train_flops` are of all clients, as
+    docs/training.md counts them (`train_flops` None: an older version's run). `measured_peak_bytes` is a client's
+    measured step at the local batch, allocator ruler, by tier. `seconds` = `train_seconds` + `evaluate_seconds` + the
+    rest.
     """
 
     round: int = Field(ge=1)
     stage: int = Field(ge=0)
     config: Config
     learning_rate: float
-    accuracy: float = Field(ge=0, le=1)
+    accuracy: float | None = Field(ge=0, le=1)
     loss: float | None
     train_loss: float | None
     bytes_up: int
     bytes_down: int
+    train_flops: int | None = None
     clients: int
+    dropped_out: int = 0
+    stragglers: int = 0
     refused: int
+    refusals: tuple[Refusal, ...] = ()
     measured_peak_bytes: dict[str, int]
     train_seconds: float
+    evaluate_seconds: float | None = None
     seconds: float
 
 
@@ -113,6 +152,6 @@ class RunResult(Record):
 
     @property
     def mean_last_accuracy(self) -> float | None:
-        """Mean test accuracy of the last five rounds, the figure that runs are compared by."""
-        last = [row.accuracy for row in self.rows[-5:]]
+        """Mean test accuracy of the last five rounds that were evaluated, the figure that runs are compared by."""
+        last = [row.accuracy for row in self.rows if row.accuracy is not None][-5:]
         return sum(last) / len(last) if last else None

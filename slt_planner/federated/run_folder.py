@@ -1,7 +1,9 @@
 """A run folder: config.json, metrics.jsonl and weights.safetensors, readable at every moment of a run."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,27 +19,74 @@ if TYPE_CHECKING:
 
 SETTINGS, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 REPORT, PICTURE = "report.html", "accuracy.png"
-_FILES = (SETTINGS, METRICS, WEIGHTS, REPORT, PICTURE)
+CHECKPOINT, TENSORBOARD = "checkpoint/state.safetensors", "tensorboard"
+_FILES = (SETTINGS, METRICS, WEIGHTS, REPORT, PICTURE, CHECKPOINT)
+_SEVERAL = "*-seed*"
 
 
 class RunFolder:
-    """The files of a run in the making.
+    """The files of a run in the making."""
 
-    Raises:
-        InputError: the folder exists and `force` is False, or it cannot be made.
-    """
-
-    def __init__(self, path: Path, force: bool = False) -> None:
-        if force:
-            clear_runs(path)  # weights of an earlier run do not belong to this one's metrics
-        else:
-            refuse_existing([path])
+    def __init__(self, path: Path) -> None:
         self.path = path
-        write_text(path / METRICS, "", force=True)
+
+    def begin(self, result: RunResult, force: bool = False) -> None:
+        """Make the folder, with no round in it yet.
+
+        Raises:
+            InputError: the folder exists and `force` is False, or it cannot be made.
+        """
+        if force:
+            clear_runs(self.path)  # weights of an earlier run do not belong to this one's metrics
+        else:
+            refuse_existing([self.path])
+        write_text(self.path / METRICS, "", force=True)
+        self.write_settings(result)  # from now on it is a run
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this lasts no other process can go on with this run; one that is killed lets go of it.
+
+        Raises:
+            InputError: another process is at it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on every system
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"run {self.path}: another process is at work on it; wait until it ends") from error
+            yield
+        finally:
+            os.close(folder)
 
     def write_settings(self, result: RunResult) -> None:
         """config.json: everything needed to make the run again, and what it has come to so far."""
         write_text(self.path / SETTINGS, result.model_dump_json(indent=2, exclude={"rows"}) + "\n", force=True)
+
+    def keep_rounds(self, rounds: int) -> list[RoundRow]:
+        """The first rows of metrics.jsonl; those after them are dropped from it, to be made again.
+
+        What a killed process left half written goes, too.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        rows, lines = load_run(self.path).rows, _lines(self.path)
+        if len(rows) < rounds:
+            raise InputError(
+                f"run {self.path}: {METRICS} has {len(rows)} rounds, but the checkpoint is of round {rounds}; "
+                f"without {CHECKPOINT} the run begins again at its first round"
+            )
+        for name in _FILES:
+            _remove_half_written(self.path / name)
+        write_text(self.path / METRICS, "".join(f"{line}\n" for line in lines[:rounds]), force=True)
+        return list(rows[:rounds])
 
     def append(self, row: RoundRow) -> None:
         """Add a round to metrics.jsonl; raises InputError if it cannot be written."""
@@ -45,11 +94,17 @@ class RunFolder:
 
     def write_weights(self, weights: "Mapping[str, Tensor]", config: Config) -> None:
         """The global model's state dict, whole; its metadata holds the configuration that was trained, to cut it by."""
-        from safetensors.torch import save  # imports torch, which reading a run does not need
+        import torch  # which reading a run does not need
+        from safetensors.torch import save
 
-        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        # A tensor that has two names is written under both: the format does not share.
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
         content = save(tensors, metadata={"config": config.model_dump_json()})
         write_bytes(self.path / WEIGHTS, content, force=True)
+
+    def remove_checkpoint(self) -> None:
+        """A finished run needs none."""
+        _remove(self.path / CHECKPOINT)
 
 
 def load_run(folder: str | Path) -> RunResult:
@@ -61,8 +116,7 @@ def load_run(folder: str | Path) -> RunResult:
     folder = Path(folder)
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        *lines, _unfinished = (folder / METRICS).read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in _lines(folder)]
         return RunResult.model_validate({**settings, "rows": rows} if isinstance(settings, dict) else settings)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"run {folder}: {SETTINGS} or {METRICS} cannot be read; is it a run folder?") from error
@@ -72,15 +126,56 @@ def load_run(folder: str | Path) -> RunResult:
         raise InputError(f"run {folder}: not a valid run ({str(error).splitlines()[0]})") from error
 
 
+def _lines(folder: Path) -> list[str]:
+    *lines, _unfinished = (folder / METRICS).read_text(encoding="utf-8").split("\n")
+    return lines
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The runs in a folder: itself, or its subfolders STRATEGY-seedN.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (path / SETTINGS).is_file():
+        return [path]
+    folders = sorted(folder.parent for folder in path.glob(f"{_SEVERAL}/{SETTINGS}"))
+    if not folders:
+        raise InputError(f"{path}: no run to go on with; give a run folder, one with a {SETTINGS}, or a folder of them")
+    return folders
+
+
 def clear_runs(path: Path) -> None:
     """Remove what earlier runs left in a folder, alone or in its subfolders STRATEGY-seedN; nothing else is touched."""
-    folders = [path, *path.glob("*-seed*")]
+    folders = [path, *path.glob(_SEVERAL)]
     runs = [folder for folder in folders if all((folder / name).is_file() for name in (SETTINGS, METRICS))]
-    written = [folder / name for folder in runs for name in _FILES]
-    if runs:
-        written += [path / REPORT, path / PICTURE]  # several runs have theirs beside them
-    for file in written:
-        file.unlink(missing_ok=True)
     for folder in runs:
+        for name in _FILES:
+            _remove(folder / name)
+        remove_events(folder / TENSORBOARD)
         if folder != path and not any(folder.iterdir()):
             folder.rmdir()
+    if runs:  # several runs have theirs beside them
+        _remove(path / REPORT)
+        _remove(path / PICTURE)
+
+
+def remove_events(folder: Path) -> None:
+    """Remove TensorBoard's files, and their folder if nothing else is in it."""
+    for file in folder.glob("events.out.tfevents.*"):
+        _remove(file)
+
+
+def _remove(file: Path) -> None:
+    """Remove a file of a run, and its folder below the run's if that is then empty."""
+    _remove_half_written(file)
+    file.unlink(missing_ok=True)
+    below = file.parent.name in (TENSORBOARD, Path(CHECKPOINT).parent.name)
+    if below and file.parent.is_dir() and not any(file.parent.iterdir()):
+        file.parent.rmdir()
+
+
+def _remove_half_written(file: Path) -> None:
+    """What a process that was killed while it wrote a file has left of it (`files.write_bytes`)."""
+    for own in file.parent.glob(f".{file.name}.*"):
+        own.unlink(missing_ok=True)

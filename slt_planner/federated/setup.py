@@ -11,6 +11,7 @@ from slt_planner.config import LeverSet, Record, StepSpec
 from slt_planner.data.datasets import Dataset
 from slt_planner.data.partition import Partition, partition
 from slt_planner.errors import InfeasibleError, InputError
+from slt_planner.federated.accounting import ClientCosts, client_costs
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.strategies.base import ClientStep, ServerState, Strategy, init
 from slt_planner.federated.strategies.registry import make_strategy
@@ -41,6 +42,8 @@ class Defaults(Record):
 class Run:
     """A run ready for its first round; `client_peaks` are measured training steps at the local batch.
 
+    `client_costs` are what else these steps cost a client.
+
     `tier_of` is each client's tier (a place in the plan's tiers), `images_of` its training images.
     """
 
@@ -52,6 +55,7 @@ class Run:
     tier_of: tuple[int, ...]
     images_of: Partition
     client_peaks: Mapping[ClientStep, int]
+    client_costs: Mapping[ClientStep, ClientCosts]
     start: ServerState
 
     def step_with(self, levers: LeverSet) -> StepSpec:
@@ -126,7 +130,8 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
             dataset.train_labels, settings.clients, settings.partition, settings.seed, groups=dataset.train_groups
         )
         peaks = _client_peaks(plan, settings, graph, strategy)
-    return Run(plan, settings, graph, strategy, dataset, tier_of, images, peaks, init(model))
+        costs = {step: client_costs(graph, step.config, step_with(plan, settings, step.levers)) for step in peaks}
+    return Run(plan, settings, graph, strategy, dataset, tier_of, images, peaks, costs, init(model))
 
 
 def deal_clients(plan: Plan, settings: RunSettings) -> tuple[int, ...]:

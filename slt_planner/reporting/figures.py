@@ -315,18 +315,20 @@ def accuracy_figure(results: Sequence[RunResult], titled: bool = True) -> Figure
 def _draw_group(over_rounds: Axes, over_bytes: Axes, group: RunGroup, number: int) -> None:
     colour, dashes = RUN_COLOURS[number % len(RUN_COLOURS)], LINES[number % len(LINES)]
     rounds = [row.round for row in group.runs[0].rows]
-    by_round = list(zip(*([100 * row.accuracy for row in run.rows] for run in group.runs), strict=True))
+    judged = [index for index, row in enumerate(group.runs[0].rows) if row.accuracy is not None]
+    by_round = [[100 * (run.rows[index].accuracy or 0) for run in group.runs] for index in judged]
     middle = [sum(values) / len(values) for values in by_round]
     uploads = [list(accumulate(row.bytes_up / 1e6 for row in run.rows)) for run in group.runs]
     sent = [sum(values) / len(values) for values in zip(*uploads, strict=True)]
     several = len(group.runs) > 1
     for axes, across in ((over_rounds, rounds), (over_bytes, sent)):
         label = f"{group.label}: mean and range" if several else group.label
-        marker = "o" if len(rounds) == 1 else ""
-        axes.plot(across, middle, color=colour, linestyle=dashes, linewidth=1.8, label=label, marker=marker)
+        marker = "o" if len(judged) == 1 else ""
+        points = [across[index] for index in judged]
+        axes.plot(points, middle, color=colour, linestyle=dashes, linewidth=1.8, label=label, marker=marker)
         if several:
             lows, highs = [min(values) for values in by_round], [max(values) for values in by_round]
-            axes.fill_between(across, lows, highs, color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(points, lows, highs, color=colour, alpha=0.18, linewidth=0)
         drawn = {line.get_label() for line in axes.get_lines()}
         for change in _stage_changes(group.runs[0]):
             if (name := f"_stage at {across[change]:.6g}") not in drawn:  # not twice where plans are alike

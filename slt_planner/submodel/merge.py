@@ -38,7 +38,7 @@ def merge(graph: ModelGraph, state: Mapping[str, Tensor], updates: Iterable[Upda
     for config, part, samples in updates:
         if config not in trained:
             trained[config] = trained_indices(graph, config)
-        _check_update(part, trained[config], graph, samples)
+        check_update(part, trained[config], graph, samples)
         for name, value in part.items():
             if not value.is_floating_point():
                 continue
@@ -63,7 +63,12 @@ def trained_indices(graph: ModelGraph, config: Config) -> dict[str, Index]:
     return {name: index for name, index in indices.items() if units[name] > config.freeze_depth}
 
 
-def _check_update(part: Mapping[str, Tensor], trained: Mapping[str, Index], graph: ModelGraph, samples: int) -> None:
+def check_update(part: Mapping[str, Tensor], trained: Mapping[str, Index], graph: ModelGraph, samples: int) -> None:
+    """Whether trained tensors (by fqn) are among the `trained` ones, in their shapes, and come with samples.
+
+    Raises:
+        InputError: they are not.
+    """
     if samples < 1:
         raise InputError(f"an update comes with {samples} samples; it must be at least 1")
     full = graph.skeleton.state_dict()

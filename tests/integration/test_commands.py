@@ -123,6 +123,7 @@ def test_slt_train_runs_the_embedded_digits_without_any_option(command, plan, tm
         "config.json",
         "metrics.jsonl",
         "report.html",
+        "tensorboard",
         "weights.safetensors",
     }
     assert f"{run.mean_last_accuracy:.1%}".replace("%", "") in done.out
@@ -212,6 +213,7 @@ def test_forcing_a_run_replaces_what_was_there_and_a_refused_one_keeps_it(comman
         "metrics.jsonl",
         "notes.txt",
         "report.html",
+        "tensorboard",
         "weights.safetensors",
     ]
     assert (folder / "another" / "config.json").read_text() == "{}"

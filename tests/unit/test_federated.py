@@ -17,9 +17,9 @@ from slt_planner.errors import BudgetExceeded, InfeasibleError, InputError
 from slt_planner.federated.client import LocalTraining, client_seed, learning_rate, train_client
 from slt_planner.federated.evaluate import evaluate, recalibrate, split_without_tail
 from slt_planner.federated.experiment import run_experiment, train
-from slt_planner.federated.result import RunSettings
+from slt_planner.federated.result import TIMING_FIELDS, RunSettings
 from slt_planner.federated.run_folder import load_run
-from slt_planner.federated.setup import deal_clients, default_settings, load_network, prepare
+from slt_planner.federated.setup import deal_clients, default_settings, load_network
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.graph.trace import trace
@@ -30,62 +30,23 @@ from slt_planner.memory.step import threads
 from slt_planner.models.registry import load_model
 from slt_planner.planning.solve import solve
 from slt_planner.submodel.extract import extract
-from tests.unit.test_solve import small_network
-
-SPEC = StepSpec(batch_size=8, threads=1)
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return small_network()
-
-
-GRAPH = trace(network(), (3, 16, 16))
+from tests.unit import tiny_runs
+from tests.unit.tiny_runs import GRAPH, SPEC, network, prepared, run, settings_of
 
 
 @pytest.fixture(scope="module")
 def full_plan():
-    return solve(GRAPH, ["1GB"], SPEC)
+    return tiny_runs.full_plan()
 
 
 @pytest.fixture(scope="module")
-def scheduled_plan(full_plan):
-    """Three tiers: one that cannot, one that is scheduled, one that could train everything."""
-    full = full_plan.full_network.peak_bytes
-    tiers = [("tiny", 1000), ("weak", full - 1), ("strong", 2 * full)]
-    return solve(
-        GRAPH, [Tier(name=n, budget_bytes=b, share=s) for (n, b), s in zip(tiers, (0.2, 0.4, 0.4), strict=True)], SPEC
-    )
+def scheduled_plan():
+    return tiny_runs.scheduled_plan()
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    random = torch.Generator().manual_seed(5)
-    labels = torch.randint(3, (103,), generator=random)
-    images = (torch.rand(103, 3, 16, 16, generator=random) * 120).to(torch.uint8)
-    images[torch.arange(103), labels] += 100  # the class is the brightest channel
-    return Dataset("made up", images[:80], labels[:80], images[80:], labels[80:], 3, (0.4,) * 3, (0.2,) * 3, False)
-
-
-def settings_of(**changes):
-    values = {
-        "strategy": "slt",
-        "dataset": "made",
-        "rounds": 6,
-        "clients": 5,
-        "cohort_size": 2,
-        "local_batch": 8,
-        "seed": 3,
-    }
-    return RunSettings(**{**values, **changes})
-
-
-def prepared(plan, dataset, **changes):
-    return prepare(plan, settings_of(**changes), dataset, load_network(plan, 0, network()))
-
-
-def run(plan, dataset, folder, **changes):
-    return run_experiment(prepared(plan, dataset, **changes), folder)
+    return tiny_runs.dataset()
 
 
 def test_a_plan_of_full_tiers_is_plain_fedavg_to_the_bit(full_plan, dataset, tmp_path):
@@ -123,9 +84,8 @@ def test_a_plan_of_full_tiers_is_plain_fedavg_to_the_bit(full_plan, dataset, tmp
 def test_the_same_seed_gives_the_same_run(scheduled_plan, dataset, tmp_path):
     first = run(scheduled_plan, dataset, tmp_path / "a")
     second = run(scheduled_plan, dataset, tmp_path / "b")
-    timeless = {"seconds", "train_seconds"}
     for one, two in zip(first.rows, second.rows, strict=True):
-        assert one.model_dump(exclude=timeless) == two.model_dump(exclude=timeless)
+        assert one.model_dump(exclude=TIMING_FIELDS) == two.model_dump(exclude=TIMING_FIELDS)
     weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
     other = run(scheduled_plan, dataset, tmp_path / "c", seed=4)

@@ -12,9 +12,9 @@ from slt_planner.config import Config, StepSpec, Tier
 from slt_planner.data.datasets import Dataset
 from slt_planner.errors import InfeasibleError, UnsupportedLayerError
 from slt_planner.federated.client import LocalTraining, client_seed, local_batches
-from slt_planner.federated.experiment import draw_cohort, run_round
 from slt_planner.federated.nested_widths import nested_widths
 from slt_planner.federated.result import RunSettings
+from slt_planner.federated.rounds import draw_cohort, run_round
 from slt_planner.federated.setup import prepare
 from slt_planner.graph.trace import trace
 from slt_planner.memory.measure import measure

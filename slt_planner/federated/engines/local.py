@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from slt_planner.config import Config
 from slt_planner.data.datasets import Dataset
+from slt_planner.federated.availability import Answer
 from slt_planner.federated.client import LocalTraining, client_seed, train_client
+from slt_planner.federated.refusals import Screen
+from slt_planner.federated.result import Refusal
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.step import as_trained
@@ -19,23 +21,27 @@ from slt_planner.submodel.merge import Update
 
 @dataclass(frozen=True)
 class Assignment:
-    """A client of this round's cohort: what it trains, how, and on which training images."""
+    """A client of this round's cohort: what it trains, how, on which training images, and whether it will answer."""
 
     client: int
+    tier: str
     config: Config
     training: LocalTraining
     indices: np.ndarray
     budget_bytes: int
+    answer: Answer = "in_time"
 
 
 @dataclass
 class RoundLog:
-    """What a round cost, filled in as its clients finish."""
+    """What came of a round's clients, filled in as they finish.
 
-    bytes_up: int = 0
-    bytes_down: int = 0
-    refused: int = 0
+    `losses` are of the updates that are used, `changes` of all that `Screen` could measure.
+    """
+
     losses: list[float] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
     train_seconds: float = 0.0
 
 
@@ -45,27 +51,29 @@ def run_clients(
     cohort: Sequence[Assignment],
     dataset: Dataset,
     seed: int,
+    screen: Screen,
     log: RoundLog,
 ) -> Iterator[Update]:
     """Train each client and yield its update, in the cohort's order; only one sub-model is alive at a time.
 
-    An update that is not finite is refused and counted, and the round goes on without it. Where the training enforces
+    An update that the screen refuses is named in the log, and the round goes on without it. Where the training enforces
     budgets, a step that would pass its client's raises BudgetExceeded.
     """
     for assignment in cohort:
         began = time.perf_counter()
-        training = assignment.training
+        training, samples = assignment.training, len(assignment.indices)
         model = as_trained(extract(graph, state.weights, assignment.config, training.step.norms), training.step)
-        log.bytes_down += sum(tensor.nbytes for tensor in model.held_state().values())
         own_seed = client_seed(seed, state.round + 1, assignment.client)
         budget = assignment.budget_bytes if training.enforce else None
         loss = train_client(model, dataset, assignment.indices, training, own_seed, budget)
         trained = model.trained_state()
-        log.bytes_up += sum(tensor.nbytes for tensor in trained.values())
+        verdict = screen.verdict(assignment.config, trained, samples, loss)
         log.train_seconds += time.perf_counter() - began
-        if all(bool(torch.isfinite(tensor).all()) for tensor in trained.values()):
+        if verdict.change is not None:
+            log.changes.append(verdict.change)
+        if verdict.reason is None:
             log.losses.append(loss)
-            yield assignment.config, trained, len(assignment.indices)
+            yield assignment.config, trained, samples
         else:
-            log.refused += 1
+            log.refusals.append(Refusal(client=assignment.client, reason=verdict.reason))
         del model, trained

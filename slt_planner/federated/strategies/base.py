@@ -1,22 +1,24 @@
 """The interface of a federated method: init and apply over a state that is never edited in place."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from slt_planner.config import Config, LeverSet
+from slt_planner.federated.progress import Progress
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.submodel.merge import Update, merge
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """The global model (a full state dict) after `round` rounds."""
+    """The global model (a full state dict) after `round` rounds, and what else the next ones depend on."""
 
     round: int
     weights: Mapping[str, Tensor]
+    progress: Progress = field(default_factory=Progress)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ class SuccessiveLayerTraining:
         return self._stages[tier]
 
     def stage(self, state: ServerState) -> int:
-        """The stage that the next round belongs to."""
-        return min(bisect_right(self._last_rounds, state.round), len(self._last_rounds) - 1)
+        """The stage that the next round belongs to: the planned one, or a later one if plateaus ended stages sooner."""
+        planned = bisect_right(self._last_rounds, state.round)
+        return min(max(planned, state.progress.plateau.stage), len(self._last_rounds) - 1)
 
     def tier_step(self, state: ServerState, tier: str) -> ClientStep:
         """The tier's configuration in this stage, with its levers."""

@@ -1,0 +1,193 @@
+"""slt-train with several seeds, and runs that are killed and resumed, as a user does it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from slt_planner.config import StepSpec
+from slt_planner.federated.result import TIMING_FIELDS
+from slt_planner.federated.run_folder import load_run
+from slt_planner.graph.trace import trace
+from slt_planner.models.registry import load_model
+from slt_planner.planning.solve import solve
+
+SCRIPT = "import sys; from slt_planner.cli.main import slt_train; sys.argv[0] = 'slt-train'; slt_train()"
+WORDS = ("--plan", "plan.json", "--rounds", "6", "--cohort-size", "3", "--client-dropout", "0.2")
+
+
+@pytest.fixture(scope="module")
+def made_plan(tmp_path_factory):
+    """The two-convolution network on 8x8 digits, in less than the 2.8 MB that it needs."""
+    path = tmp_path_factory.mktemp("planned") / "plan.json"
+    spec = StepSpec(batch_size=16, threads=1)
+    solve(trace(load_model("convnet", 10, (1, 8, 8)), (1, 8, 8)), ["2.5MB"], spec, "convnet").save(path)
+    return path
+
+
+@pytest.fixture
+def plan(made_plan, tmp_path):
+    return shutil.copy(made_plan, tmp_path / "plan.json")
+
+
+def started(folder, *words):
+    """The command in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *words], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def timeless(folder):
+    """What a run left, without times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    settings = json.loads((folder / "config.json").read_text())
+    weights = (folder / "weights.safetensors").read_bytes()
+    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in rows], settings, weights
+
+
+def test_several_strategies_and_seeds_in_one_command(command, plan, tmp_path):
+    words = ["--strategy", "slt,small", "--seed", "4", "--seeds", "2", "--evaluate-every", "4"]
+    done = command("slt-train", *WORDS, *words, "--rounds-policy", "plateau", "--out", "run")
+    assert done.code == 0, done.err
+    folders = sorted(path.parent.name for path in (tmp_path / "run").glob("*/config.json"))
+    assert folders == ["slt-seed4", "slt-seed5", "small-seed4", "small-seed5"]
+    runs = [load_run(tmp_path / "run" / name) for name in folders]
+    assert [run.settings.rounds_policy for run in runs] == ["plateau", "plateau", "planned", "planned"]
+    for run in runs:
+        assert [row.round for row in run.rows if row.accuracy is not None] == [4, 6]
+    assert runs[0].rows[0].train_loss != runs[1].rows[0].train_loss
+    assert "mean" in done.out
+    assert "slt-seed4 round 1/6  stage 0" in done.err
+    assert "training loss" in done.err
+    alone = command("slt-train", *WORDS, "--seed", "5", "--evaluate-every", "4", "--strategy", "small", "--out", "one")
+    assert alone.code == 0, alone.err
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "run" / "small-seed5")
+
+
+def wait_for(file, lines, process):
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_text().count("\n") >= lines):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def test_resuming_a_folder_of_runs_after_kill_9(command, plan, tmp_path):
+    words = [*WORDS, "--seeds", "2", "--rounds", "12"]
+    whole = command("slt-train", *words, "--out", "whole")
+    assert whole.code == 0, whole.err
+    process = started(tmp_path, *words, "--out", "run")
+    wait_for(tmp_path / "run" / "slt-seed0" / "metrics.jsonl", 3, process)
+    process.kill()
+    process.communicate()
+    assert load_run(tmp_path / "run" / "slt-seed0").status == "stopped"
+    assert load_run(tmp_path / "run" / "slt-seed1").rows == ()  # is there, though its turn had not come
+    done = command("slt-train", "--resume", "run")
+    assert done.code == 0, done.err
+    assert "run/slt-seed0: goes on, " in done.err
+    assert "run/slt-seed1: goes on, 0 of 12 rounds were done" in done.err
+    for name in ("slt-seed0", "slt-seed1"):
+        assert timeless(tmp_path / "run" / name) == timeless(tmp_path / "whole" / name)
+    assert (tmp_path / "run" / "report.html").exists()
+    again = command("slt-train", "--resume", "run")
+    assert again.code == 0
+    assert "run/slt-seed1: finished after 12 rounds, nothing is left to do" in again.err
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments_of_the_command(command, plan, tmp_path):
+    words = [*WORDS, "--rounds", "40", "--checkpoint-every", "3"]
+    began = time.monotonic()
+    assert started(tmp_path, *words, "--out", "whole").wait() == 0
+    duration, chance = time.monotonic() - began, random.Random(7)
+    figures = []
+    for number in range(10):
+        folder = tmp_path / f"run-{number}"
+        process = started(tmp_path, *words, "--out", folder.name)
+        time.sleep(chance.uniform(0, duration))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        done = folder / "metrics.jsonl"
+        figures.append(done.read_text().count("\n") if done.exists() else None)
+        if (folder / "config.json").exists():
+            resumed = command("slt-train", "--resume", folder.name)
+        else:  # it had not begun
+            resumed = command("slt-train", *words, "--out", folder.name, "--force")
+        assert resumed.code == 0, resumed.err
+        assert timeless(folder) == timeless(tmp_path / "whole")
+    print("rounds that were there after kill -9:", figures)
+
+
+@pytest.fixture
+def stopped(command, plan, tmp_path, monkeypatch):
+    """A run that Ctrl-C ended after two of its rounds."""
+    from slt_planner.cli.live import LiveRounds
+
+    show = LiveRounds.show
+
+    def interrupt(self, row):
+        show(self, row)
+        if row.round == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveRounds, "show", interrupt)
+        done = command("slt-train", *WORDS, "--out", "run")
+    assert done.code == 1
+    assert done.err.endswith("slt-train: error: stopped after round 2 of 6; go on with slt-train --resume run\n")
+    return tmp_path / "run"
+
+
+def test_ctrl_c_and_resume_come_to_the_same_end(command, stopped, tmp_path):
+    assert command("slt-train", *WORDS, "--out", "whole").code == 0
+    done = command("slt-train", "--resume", "run", "--json")
+    assert done.code == 0, done.err
+    assert [run["status"] for run in json.loads(done.out)] == ["finished"]
+    assert "run: goes on, 2 of 6 rounds were done" in done.err
+    assert timeless(stopped) == timeless(tmp_path / "whole")
+
+
+def test_what_does_not_go_with_resume_is_refused_in_one_line(command, stopped, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(stopped, cut)
+    state = cut / "checkpoint" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    (tmp_path / "empty").mkdir()
+    for words, message in [
+        (["--resume", "run", "--rounds", "9"], "--rounds does not go with --resume: run goes on as it was begun, see "),
+        (["--resume", "run", "--plan", "plan.json"], "--plan does not go with --resume"),
+        (["--resume", "run", "--strategy", "slt"], "--strategy does not go with --resume"),
+        (["--resume", "run", "--force"], "--force does not go with --resume"),
+        (["--resume", "run", "--out", "x"], "--out does not go with --resume"),
+        (["--resume", "run", "--model", "vgg9"], "the model is not the plan's: its graph is "),
+        (["--resume", "none"], "none: no run to go on with; give a run folder, one with a config.json"),
+        (["--resume", "empty"], "empty: no run to go on with"),
+        (["--resume", "plan.json"], "plan.json: no run to go on with"),
+        (["--resume", "cut"], "cut/checkpoint/state.safetensors: not a checkpoint ("),
+        ([], "--plan is needed, a plan made by slt-plan; or --resume, a run to go on with"),
+        (["--plan", "plan.json", "--client-dropout", "1"], "--client-dropout 1.0: "),
+        (["--plan", "plan.json", "--stragglers", "-0.1"], "--stragglers -0.1: "),
+        (["--plan", "plan.json", "--max-change", "1"], "--max-change 1.0: "),
+        (["--plan", "plan.json", "--rounds-policy", "x"], "--rounds-policy 'x': known are planned, plateau"),
+        (["--plan", "plan.json", "--rounds-policy", "plateau", "--strategy", "small"], "for stages; small has none"),
+        (["--plan", "plan.json", "--plateau-patience", "0"], "--plateau-patience 0: "),
+        (["--plan", "plan.json", "--plateau-threshold", "nan"], "--plateau-threshold nan: "),
+        (["--plan", "plan.json", "--seed", "4294967295", "--seeds", "2"], "--seed 4294967296: "),
+        (["--plan", "plan.json", "--seeds", "0"], "--seeds"),
+        (["--plan", "plan.json", "--checkpoint-every", "0"], "--checkpoint-every"),
+        (["--plan", "plan.json", "--evaluate-every", "0"], "--evaluate-every"),
+    ]:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        done = command("slt-train", *words)
+        assert done.code == 2, words
+        assert message in done.err
+        assert done.err.splitlines()[-1].startswith("slt-train: error: ")
+        assert "Traceback" not in done.err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
