@@ -29,7 +29,17 @@ _GO_WITH_RESUME = {"resume", "model", "json_output"}
 def train(
     context: typer.Context,
     plan: Annotated[Path | None, typer.Option(help="The plan to run, made by slt-plan.")] = None,
-    dataset: Annotated[str, typer.Option(help="digits (embedded, 8x8 images), parquet:DIR or masks:DIR.")] = "digits",
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="digits (embedded), cifar10, cifar100, fashion-mnist, emnist, svhn, or a folder: parquet:DIR, "
+            "imagefolder:DIR, masks:DIR, femnist:DIR, tiny-imagenet:DIR, imagenet64:DIR."
+        ),
+    ] = "digits",
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where data sets are that have a name alone [the user's data folder].")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch such a data set if it is not there.")] = False,
     model: Annotated[
         str | None,
         typer.Option(help="Your own network, as given to slt-plan: package.module:factory or ./file.py:Class."),
@@ -46,7 +56,10 @@ def train(
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="In the first round.")] = 0.1,
     final_learning_rate: Annotated[float, typer.Option(help="In the last round; cosine between.")] = 0.01,
-    partition: Annotated[str, typer.Option(help="How images are split over clients: iid or dirichlet:ALPHA.")] = "iid",
+    partition: Annotated[
+        str, typer.Option(help="How images are split over clients: iid, dirichlet:ALPHA, shards:N or natural.")
+    ] = "iid",
+    minimum_samples: Annotated[int, typer.Option(min=1, help="Training images that every client has at least.")] = 2,
     seed: Annotated[int, typer.Option(help="Of initial weights, split, cohorts and batches.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Make each run with so many seeds, from --seed on.")] = 1,
     rounds_policy: Annotated[
@@ -94,7 +107,9 @@ def train(
             "local_epochs": local_epochs,
             "learning_rate": learning_rate,
             "final_learning_rate": final_learning_rate,
+            "data_root": None if data_root is None else str(data_root),
             "partition": partition,
+            "minimum_samples": minimum_samples,
             "evaluate_every": evaluate_every,
             "checkpoint_every": checkpoint_every,
             "client_dropout": client_dropout,
@@ -111,7 +126,7 @@ def train(
         }
         check_writable([out / METRICS])
         wanted = [(name, number) for name in strategies for number in range(seed, seed + seeds)]
-        runs = _new_runs(loaded, model, wanted, given, fixed, of_stages, progress_console)
+        runs = _new_runs(loaded, model, wanted, given, fixed, of_stages, download, progress_console)
         results = _continue_all(_begin_all(runs, out, force), progress_console)
     write_report(results, out / REPORT, force=True, command=command_line(), picture=out / PICTURE)
     if json_output:
@@ -152,11 +167,11 @@ def _new_runs(
     given: dict[str, int | None],
     fixed: dict[str, Any],
     of_stages: dict[str, Any],
+    download: bool,
     console: Console,
 ) -> "list[Run]":
     """All are prepared before the first one runs: what is wrong with the last must not cost the hours of the others."""
-    from slt_planner.data.datasets import load_dataset
-    from slt_planner.federated.setup import default_settings, image_shape, load_network, prepare
+    from slt_planner.federated.setup import default_settings, load_data, load_network, prepare
 
     fewest: dict[str, Any] = {"rounds": 1, "clients": 1, "cohort_size": 1, "local_batch": 2}
 
@@ -167,8 +182,9 @@ def _new_runs(
     for strategy, seed in wanted:
         settings_of(strategy, seed, fewest)
     network = load_network(plan, wanted[0][1], model)
-    data = load_dataset(fixed["dataset"], image_shape(plan), plan.num_classes)
-    defaults = default_settings(plan, data, given["clients"]).model_dump()
+    data = load_data(plan, fixed["dataset"], fixed["data_root"], download)
+    scheme, minimum = fixed["partition"], fixed["minimum_samples"]
+    defaults = default_settings(plan, data, given["clients"], scheme, minimum).model_dump()
     sizes = defaults | {name: value for name, value in given.items() if value is not None}
     line = _words(data, sizes, given["local_batch"], plan)
     console.print(line, soft_wrap=True, markup=False, highlight=False)

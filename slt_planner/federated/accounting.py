@@ -3,14 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from slt_planner.config import Config, StepSpec
 from slt_planner.federated.availability import Answer
 from slt_planner.federated.progress import Holders
+from slt_planner.federated.strategies.base import ClientStep
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.flops import step_costs, training_flops
 from slt_planner.memory.step import as_trained
-from slt_planner.submodel.extract import extract
+from slt_planner.submodel.extract import SubModel, extract
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,22 @@ class RoundCosts:
     holders: Holders
 
 
-def client_costs(graph: ModelGraph, config: Config, spec: StepSpec) -> ClientCosts:
-    """Those of a configuration, trained by a step; nothing is computed."""
-    model = as_trained(extract(graph, None, config, spec.norms, on_meta=True), spec)
+def client_costs(graph: ModelGraph, step: ClientStep, spec: StepSpec) -> ClientCosts:
+    """Those of what a client trains; nothing is computed. Of several widths the FLOPs are the mean."""
+    model = _unmade(graph, step.config, spec)
     costs, units, by_unit = step_costs(model, training_flops(model)), graph.unit_of_tensor(), Counter[int]()
     for name, tensor in model.held_state().items():
         by_unit[units[name]] += tensor.nbytes
-    return ClientCosts(by_unit, costs.upload_bytes, costs.train_flops_per_sample)
+    flops = costs.train_flops_per_sample
+    if step.widths:
+        widths = [step.config.model_copy(update={"head_scale": width}) for width in step.widths]
+        models = [_unmade(graph, config, spec) for config in widths]
+        flops = round(mean(step_costs(own, training_flops(own)).train_flops_per_sample for own in models))
+    return ClientCosts(by_unit, costs.upload_bytes, flops)
+
+
+def _unmade(graph: ModelGraph, config: Config, spec: StepSpec) -> SubModel:
+    return as_trained(extract(graph, None, config, spec.norms, on_meta=True), spec)
 
 
 def round_costs(visits: Sequence[Visit], holders: Holders) -> RoundCosts:

@@ -3,19 +3,20 @@
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from slt_planner.config import Config, Norms
-from slt_planner.data.datasets import Dataset, load_dataset
+from slt_planner.data.datasets import Dataset
 from slt_planner.environment import environment
 from slt_planner.errors import InputError
 from slt_planner.federated.checkpoint import load_checkpoint, save_checkpoint
 from slt_planner.federated.evaluate import evaluate, recalibrate
 from slt_planner.federated.result import RoundRow, RunResult, RunSettings, RunTier
 from slt_planner.federated.rounds import EVALUATION_STREAM, run_round
-from slt_planner.federated.run_folder import TENSORBOARD, RunFolder, load_run
-from slt_planner.federated.setup import Run, default_settings, image_shape, load_network, prepare
+from slt_planner.federated.run_folder import SPLIT, TENSORBOARD, RunFolder, load_run
+from slt_planner.federated.setup import Run, default_settings, load_data, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.tensorboard_log import TensorboardLog
 from slt_planner.memory.step import threads
@@ -48,6 +49,7 @@ def begin_run(run: Run, folder: Path, force: bool = False) -> None:
     """Make the folder of a run, from which `continue_run` can go on; as `run_experiment`."""
     with threads(run.plan.step) as number:
         RunFolder(folder).begin(_empty_result(run, environment(number)), force)
+    run.images_of.save(folder / SPLIT, force=True)
 
 
 def continue_run(run: Run, folder: Path, progress: Callable[[RoundRow], None] = lambda row: None) -> RunResult:
@@ -114,7 +116,7 @@ def prepare_again(result: RunResult, model: nn.Module | str | None = None, datas
     """
     plan, settings = result.plan, result.settings
     network = load_network(plan, settings.seed, model)
-    data = dataset or load_dataset(settings.dataset, image_shape(plan), plan.num_classes)
+    data = dataset or load_data(plan, settings.dataset, settings.data_root)
     return prepare(plan, settings, data, network)
 
 
@@ -126,19 +128,21 @@ def train(
     strategy: str = "slt",
     out: str | Path = "runs/run",
     force: bool = False,
-    **settings: object,
+    download: bool = False,
+    **settings: Any,
 ) -> RunResult:
     """Run a plan and leave a run folder; the arguments are those of ``slt-train``.
 
     Args:
         plan: the plan.
-        dataset: ``digits``, ``parquet:DIR`` or ``masks:DIR``.
+        dataset: as `load_dataset` takes it (docs/data.md).
         rounds: federated rounds; by default by the data set's size.
         model: the network to start from, or its name as `load_model` takes it; by default the plan's, initialised by
             the seed.
         strategy: one of `StrategyName`.
         out: the run folder.
         force: overwrite the files of an existing run.
+        download: fetch a data set that has a name alone, where it is not there.
         settings: more fields of `RunSettings`, such as ``clients=100``.
 
     Raises:
@@ -147,9 +151,9 @@ def train(
     """
     seed = settings.get("seed", 0)
     network = load_network(plan, seed if isinstance(seed, int) else 0, model)
-    data = load_dataset(dataset, image_shape(plan), plan.num_classes)
-    clients = settings.get("clients")
-    defaults = default_settings(plan, data, clients if isinstance(clients, int) else None).model_dump()
+    data = load_data(plan, dataset, settings.get("data_root"), download)
+    clients, scheme = settings.get("clients"), settings.get("partition", "iid")
+    defaults = default_settings(plan, data, clients, scheme, settings.get("minimum_samples", 2)).model_dump()
     given = {"rounds": rounds, **settings}
     chosen = defaults | {name: value for name, value in given.items() if value is not None}
     run_settings = RunSettings.model_validate({"strategy": strategy, "dataset": dataset, **chosen})

@@ -20,8 +20,9 @@ TIMING_FIELDS = frozenset({"train_seconds", "evaluate_seconds", "seconds"})
 class RunSettings(Record):
     """Everything but the plan that a run is made from; saved, with the plan, as config.json.
 
-    `dataset` is what was given (``digits``, ``parquet:DIR`` or ``masks:DIR``), `partition` ``iid`` or
-    ``dirichlet:ALPHA``. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
+    `dataset` is what `load_dataset` takes, and `data_root` where it looks for data sets that have a name alone;
+    `partition` is ``iid``, ``dirichlet:ALPHA``, ``shards:N`` or ``natural``, with at least `minimum_samples` training
+    images a client. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
     rounds. With `enforce` clients train under their tier's budget.
 
     The test images are evaluated every `evaluate_every` rounds and after the last, the state is kept every
@@ -33,6 +34,7 @@ class RunSettings(Record):
 
     strategy: StrategyName
     dataset: str
+    data_root: str | None = None
     rounds: int = Field(ge=1, le=10**6)
     clients: int = Field(ge=1, le=10**7)
     cohort_size: int = Field(ge=1)
@@ -41,6 +43,7 @@ class RunSettings(Record):
     learning_rate: float = Field(default=0.1, gt=0)
     final_learning_rate: float = Field(default=0.01, ge=0)
     partition: str = "iid"
+    minimum_samples: int = Field(default=2, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     enforce: bool = False
     evaluate_every: int = Field(default=1, ge=1)

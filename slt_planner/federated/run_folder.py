@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 SETTINGS, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 REPORT, PICTURE = "report.html", "accuracy.png"
-CHECKPOINT, TENSORBOARD = "checkpoint/state.safetensors", "tensorboard"
-_FILES = (SETTINGS, METRICS, WEIGHTS, REPORT, PICTURE, CHECKPOINT)
+CHECKPOINT, TENSORBOARD, SPLIT = "checkpoint/state.safetensors", "tensorboard", "split.safetensors"
+_FILES = (SETTINGS, METRICS, WEIGHTS, REPORT, PICTURE, CHECKPOINT, SPLIT)
 _SEVERAL = "*-seed*"
 
 

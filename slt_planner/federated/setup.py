@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from slt_planner.config import LeverSet, Record, StepSpec
-from slt_planner.data.datasets import Dataset
+from slt_planner.data.datasets import Dataset, load_dataset
 from slt_planner.data.partition import Partition, partition
 from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.federated.accounting import ClientCosts, client_costs
@@ -63,13 +64,24 @@ class Run:
         return step_with(self.plan, self.settings, levers)
 
 
-def default_settings(plan: Plan, dataset: Dataset, clients: int | None) -> Defaults:
-    """100 clients, cohorts of 10, 100 rounds and the plan's batch.
+def load_data(plan: Plan, name: str, data_root: str | None = None, download: bool = False) -> Dataset:
+    """The images of a run, of the size that the plan's network takes; as `load_dataset`."""
+    root = None if data_root is None else Path(data_root).expanduser()
+    return load_dataset(name, image_shape(plan), plan.num_classes, root=root, download=download)
+
+
+def default_settings(
+    plan: Plan, dataset: Dataset, clients: int | None, scheme: str = "iid", minimum_samples: int = 2
+) -> Defaults:
+    """100 clients (with the partition ``natural`` all there are), cohorts of 10, 100 rounds and the plan's batch.
 
     With fewer than 10,000 training images: 10 clients, 30 rounds (more if the plan has more stages), and a batch that a
     client can fill eight times, so that a round is more than one step.
     """
     small = len(dataset.train_labels) < _SMALL_DATASET
+    if clients is None and scheme == "natural":
+        groups = dataset.train_groups
+        clients = len(partition(dataset.train_labels, None, scheme, 0, groups=groups, minimum=minimum_samples))
     clients = clients or (10 if small else 100)
     batch = plan.batch_size
     if small:
@@ -127,10 +139,15 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
         if not any(strategy.tier_steps(plan.tiers[tier].name) for tier in tier_of):
             raise InputError(f"none of the {settings.clients} clients is in a tier that takes part; use more clients")
         images = partition(
-            dataset.train_labels, settings.clients, settings.partition, settings.seed, groups=dataset.train_groups
+            dataset.train_labels,
+            settings.clients,
+            settings.partition,
+            settings.seed,
+            groups=dataset.train_groups,
+            minimum=settings.minimum_samples,
         )
         peaks = _client_peaks(plan, settings, graph, strategy)
-        costs = {step: client_costs(graph, step.config, step_with(plan, settings, step.levers)) for step in peaks}
+        costs = {step: client_costs(graph, step, step_with(plan, settings, step.levers)) for step in peaks}
     return Run(plan, settings, graph, strategy, dataset, tier_of, images, peaks, costs, init(model))
 
 

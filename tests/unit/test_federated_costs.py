@@ -10,7 +10,7 @@ from slt_planner.federated.accounting import ClientCosts, Visit, client_costs, r
 from slt_planner.federated.availability import answer
 from slt_planner.federated.progress import Holders, Plateau, Progress
 from slt_planner.federated.rounds import draw_cohort, run_round
-from slt_planner.federated.strategies.base import ServerState
+from slt_planner.federated.strategies.base import ClientStep, ServerState
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.planning.costs import unchanging_bytes
 from slt_planner.planning.rounds import deal_rounds
@@ -21,7 +21,7 @@ from tests.unit.tiny_runs import GRAPH, SPEC, prepared, run
 
 def test_a_client_gets_and_sends_what_a_hand_count_says():
     """Units: conv 3x3x3x4 and its norm; conv 3x3x4x6; conv 3x3x6x6; then the classifier. fp32, half the head."""
-    costs = client_costs(GRAPH, Config(freeze_depth=1, full_depth=2, head_scale=0.5), SPEC)
+    costs = client_costs(GRAPH, ClientStep(Config(freeze_depth=1, full_depth=2, head_scale=0.5)), SPEC)
     unit_1 = 4 * (4 * 3 * 9 + 4 + 4)
     unit_2 = 4 * (6 * 4 * 9 + 6)
     unit_3 = 4 * (3 * 6 * 9 + 3)
@@ -41,7 +41,7 @@ def test_a_step_costs_what_the_planner_says(levers):
     config = Config(freeze_depth=1, full_depth=2, head_scale=0.5)
     with Bench(GRAPH, SPEC, lever_sets=[levers]) as bench:
         planned = bench.with_levers(levers).costs(config)
-    own = client_costs(GRAPH, config, SPEC.with_levers(levers))
+    own = client_costs(GRAPH, ClientStep(config), SPEC.with_levers(levers))
     assert own.train_flops_per_sample == planned.train_flops_per_sample
     assert own.upload_bytes == planned.upload_bytes
     assert own.download_bytes(0) == planned.download_bytes
@@ -205,3 +205,12 @@ def test_a_run_goes_on_where_its_loss_stops_falling(tmp_path):
             best, waited = None, 0
     with pytest.raises(ValueError, match="the rounds policy plateau is for stages; small has none"):
         tiny_runs.settings_of(strategy="small", rounds_policy="plateau")
+
+
+def test_of_several_widths_the_arithmetic_is_the_mean_and_the_bytes_are_the_widests():
+    def costs(scale, widths=()):
+        return client_costs(GRAPH, ClientStep(Config(freeze_depth=0, full_depth=0, head_scale=scale), (), widths), SPEC)
+
+    several = costs(1.0, (0.5, 1.0))
+    assert several.upload_bytes == costs(1.0).upload_bytes
+    assert several.train_flops_per_sample == (costs(0.5).train_flops_per_sample + costs(1.0).train_flops_per_sample) / 2

@@ -43,6 +43,7 @@ def assert_same_run(one, other):
         assert sorted(path.name for path in folder.iterdir()) == [
             "config.json",
             "metrics.jsonl",
+            "split.safetensors",
             "tensorboard",
             "weights.safetensors",
         ]
@@ -146,7 +147,7 @@ def test_a_finished_run_is_left_as_it_is(whole):
 
 def test_a_run_of_a_network_that_was_given_goes_on_only_with_it(tmp_path, monkeypatch):
     """resume() finds plan and settings in the folder; the network, which is not a library's, is given again."""
-    monkeypatch.setattr(experiment, "load_dataset", lambda *_: tiny_runs.dataset())
+    monkeypatch.setattr(experiment, "load_data", lambda *_: tiny_runs.dataset())
     begun = prepared(tiny_runs.full_plan(), tiny_runs.dataset())
     run_experiment(begun, tmp_path / "whole")
     with pytest.raises(CrashError):
@@ -223,7 +224,7 @@ def test_one_process_at_a_time(crashed, begun):
 
 def test_forcing_a_new_run_leaves_nothing_of_the_old_one(crashed, begun):
     begin_run(begun, crashed, force=True)
-    assert sorted(path.name for path in crashed.iterdir()) == ["config.json", "metrics.jsonl"]
+    assert sorted(path.name for path in crashed.iterdir()) == ["config.json", "metrics.jsonl", "split.safetensors"]
     assert load_run(crashed).rows == ()
 
 
