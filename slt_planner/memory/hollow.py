@@ -6,9 +6,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._prims_common import compute_required_storage_length, make_contiguous_strides_for
+from torch._prims_common import (
+    compute_required_storage_length,
+    make_channels_last_strides_for,
+    make_contiguous_strides_for,
+    suggest_memory_format,
+)
 
 _contiguous = lru_cache(maxsize=10_000)(make_contiguous_strides_for)  # which takes a while, and shapes come again
+
+
+@lru_cache(maxsize=10_000)
+def _layout(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    taken_as = suggest_memory_format(torch.empty_strided(shape, stride, device="meta"))
+    usual = _contiguous(shape) if taken_as == torch.contiguous_format else make_channels_last_strides_for(shape)
+    return tuple(own if size > 1 else like for size, own, like in zip(shape, stride, usual, strict=True))
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,16 @@ class TensorSpec:
         """Bytes of a tensor like this that owns its storage."""
         return compute_required_storage_length(self.shape, self.stride, 0) * self.dtype.itemsize
 
-    def lies_like(self, other: "TensorSpec") -> bool:
-        """The same entries at the same places; strides of dimensions of one entry say nothing."""
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """The strides as far as they mean something, equal for tensors that kernels take alike.
 
-        def places(spec: TensorSpec) -> list[int]:
-            return [stride for size, stride in zip(spec.shape, spec.stride, strict=True) if size > 1]
+        Those of dimensions of one entry only say whether an image is one with channels last, where nothing else does.
 
-        return self.shape == other.shape and self.dtype == other.dtype and places(self) == places(other)
+        >>> TensorSpec.of(torch.empty_strided((2, 1, 4), (4, 7, 1))).layout
+        (4, 4, 1)
+        """
+        return _layout(self.shape, self.stride) if 1 in self.shape else self.stride
 
     def zeros(self) -> Tensor:
         """A real tensor like this."""
@@ -49,8 +64,8 @@ class TensorSpec:
         float32[2, 3] float32[3, 2]/[1, 3]
         """
         text = f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
-        if self.stride != _contiguous(self.shape):
-            text += f"/{list(self.stride)}"
+        if self.layout != _contiguous(self.shape):
+            text += f"/{list(self.layout)}"
         return text if self.device.type == "cpu" else f"{text}@{self.device.type}"
 
 

@@ -1,6 +1,7 @@
 """A limit against the measured peak, to the byte; and what it says when it stops a step."""
 
 import gc
+from typing import get_args
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import slt_planner as slt
+from slt_planner.config import LeanLever
 from slt_planner.memory import corrections, operators
 from slt_planner.memory.step import SteadyStep, as_trained
 
-MODELS = {"resnet20": (3, 32, 32), "vit_cifar": (3, 32, 32), "densenet40": (3, 32, 32), "scaled": (3, 8, 8)}
+MODELS = {**dict.fromkeys(("resnet20", "vit_cifar", "densenet40", "mobilenet_v2"), (3, 32, 32)), "scaled": (3, 8, 8)}
 CASES = [
     ("resnet20", slt.Config(freeze_depth=4, full_depth=5, head_scale=0.5), slt.StepSpec(batch_size=8)),
     ("resnet20", slt.Config.full_network(), slt.StepSpec(batch_size=4, optimizer="adam", set_to_none=False)),
@@ -44,7 +46,7 @@ class Scaled(nn.Module):
 @pytest.fixture(scope="module")
 def graphs():
     def model(name):
-        return Scaled() if name == "scaled" else slt.load_model(name)
+        return Scaled() if name == "scaled" else slt.load_model(name, weights=False)
 
     return {name: slt.trace(model(name), shape) for name, shape in MODELS.items()}
 
@@ -81,6 +83,27 @@ def test_a_calibrated_step_runs_at_its_measured_peak_and_fails_one_byte_below(gr
     assert error.live_bytes + error.asked_bytes == peak
     assert error.operator.startswith("aten::")
     assert "1 over the budget" in str(error)
+
+
+@pytest.mark.parametrize("levers", [(), get_args(LeanLever)], ids=["plain", "lean"])
+@pytest.mark.parametrize(
+    ("name", "freeze_depth", "full_depth"),
+    [("resnet20", 2, 3), ("mobilenet_v2", 0, 0), ("mobilenet_v2", 11, 12), ("densenet40", 2, 3)],
+)
+def test_every_operator_is_known_with_channels_last(graphs, name, freeze_depth, full_depth, levers):
+    """Heads of one channel and images of one pixel: layouts that look like both."""
+    graph = graphs[name]
+    head_scale = graph.head_scales(full_depth)[0 if full_depth else -1]
+    config = slt.Config(freeze_depth=freeze_depth, full_depth=full_depth, head_scale=head_scale)
+    spec = slt.StepSpec(batch_size=2, memory_format="channels_last", levers=levers)
+    slt.calibrate(graph, [config], spec)
+    predicted = slt.predict(graph, config, spec, details=False)
+    step = steady_step(graph, config, spec)
+    limit = slt.memory_limit("1GB", step.module, step.optimizer)
+    run_under(limit, step)
+    assert predicted.exact
+    assert not limit.uncalibrated
+    assert limit.peak_bytes == predicted.peak_bytes
 
 
 def test_what_is_not_calibrated_counts_with_its_outputs_and_says_so(graphs, tmp_path, monkeypatch):
