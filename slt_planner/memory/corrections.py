@@ -19,7 +19,8 @@ def corrected(function: OpOverload, args: Sequence[Any], outputs: Any) -> Any:
     if args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
         if correction is not None:
             outputs = correction(args, outputs)
-        if _goes_by_entries(function) and isinstance(outputs, Tensor) and _are_alike_and_contiguous(function, args):
+        ambiguous = isinstance(outputs, Tensor) and 1 in outputs.shape
+        if ambiguous and _goes_by_entries(function) and _are_alike_and_contiguous(function, args):
             return _laid_out(outputs, _contiguous)
     return outputs
 
@@ -31,9 +32,10 @@ def _laid_out(out: Tensor, layout: torch.memory_format) -> Tensor:
 
 @cache
 def _goes_by_entries(function: OpOverload) -> bool:
-    """Kernels that run over entries in the order of memory."""
-    by_entries = torch.Tag.pointwise in function.tags or function in _BY_ENTRIES
-    return by_entries and function is not torch.ops.aten.clone.default
+    """Whether a new tensor is made entry by entry, in the order of memory."""
+    if function is torch.ops.aten.clone.default or function._schema.is_mutable:
+        return False
+    return torch.Tag.pointwise in function.tags or function in _BY_ENTRIES
 
 
 def _are_alike_and_contiguous(function: OpOverload, args: Sequence[Any]) -> bool:
