@@ -1,13 +1,17 @@
 """A training program cut into pieces, of which some are run again in the backward pass instead of being kept."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from slt_planner.submodel import lean_operators as lean
-from slt_planner.submodel.lean_program import CONVOLUTIONS, trained_nodes
+from slt_planner.submodel.lean_program import trained_nodes
 
 
 @dataclass(frozen=True)
@@ -24,30 +28,83 @@ class Piece:
 def in_pieces(program: fx.Graph, module: nn.Module) -> list[Piece]:
     """A training program cut where it begins to train, and then before each layer that a single tensor leads to.
 
-    Recomputed are those that start from a single tensor, but not the frozen part, nor the last: what it saves is needed
-    at once; nor what draws random numbers, whose state would have to be kept.
+    A norm or an activation that only the layer takes goes with it: a piece of a transformer is a norm with its
+    attention, or with its MLP, up to the sum. Numbers made of the batch size may pass beside the tensor.
+
+    Recomputed are those that start from a single tensor, but not the frozen part, nor a lone layer, which saves nothing
+    but that tensor; nor what draws random numbers, whose state would have to be kept; nor the last, with the
+    classifier: what it saves is needed at once.
     """
-    trained = trained_nodes(program, module)
     nodes = [node for node in program.nodes if node.op != "get_attr"]
-    first = next((i for i, node in enumerate(nodes) if node in trained and node.op != "placeholder"), len(nodes) - 1)
-    places = [first] if first > sum(node.op == "placeholder" for node in nodes) else []
-    for i in range(first + 1, len(nodes)):
-        if _bears_weights(nodes[i], module) and len(_live(nodes, i)) == 1:
-            places.append(i)
-    ends = [*places, len(nodes)]
+    inputs = sum(node.op == "placeholder" for node in nodes)
+    trained = trained_nodes(program, module)
+    first = next((i for i in range(inputs, len(nodes)) if nodes[i] in trained), len(nodes) - 1)
+    if all(_is_number(node) for node in nodes[inputs:first]):
+        first = inputs  # nothing is frozen
+    before_layers = list(_places(nodes, first, module))
+    begins = [*([inputs] if first > inputs else []), first, *before_layers[:-1]]
     pieces = []
-    for begin, end in zip([0, *places], ends, strict=True):
-        given = _live(nodes, begin) if begin else []
+    for begin, end in zip(begins, [*begins[1:], len(nodes)], strict=True):
+        given = _live(nodes, begin) if begin > inputs else nodes[:inputs]
         graph = _piece(nodes[begin:end], given, _live(nodes, end))
-        same_again = not any(_is_random(n, module) or _moves_statistics(n, module) for n in nodes[begin:end])
-        pieces.append(Piece(graph, begin >= first and end < len(nodes) and len(given) == 1 and same_again))
+        again = first <= begin and end < len(nodes) and _is_worth_it(nodes[begin:end], given, module)
+        pieces.append(Piece(graph, again))
     return pieces
 
 
+def _is_worth_it(nodes: Sequence[fx.Node], given: Sequence[fx.Node], module: nn.Module) -> bool:
+    """Whether running these again is the same, and only the one tensor that is given need be kept for it."""
+    tensors = sum(not _is_number(value) for value in given)
+    calls = sum(not _is_number(node) for node in nodes)
+    again = not any(_is_random(node, module) or _moves_statistics(node, module) for node in nodes)
+    return tensors == 1 and calls > 1 and again
+
+
+def _places(nodes: Sequence[fx.Node], first: int, module: nn.Module) -> Iterator[int]:
+    """Before each layer with weights but the first of those trained: the last place that one tensor alone passes."""
+    alive = _tensors_alive(nodes)
+    place, weights = None, False
+    for i in range(first, len(nodes)):
+        if i > first and alive[i] == 1 and nodes[i].target is not operator.getitem:
+            place = i
+        if _bears_weights(nodes[i], module):
+            if weights and place is not None:
+                yield place
+            place, weights = None, True
+
+
+def _tensors_alive(nodes: Sequence[fx.Node]) -> list[int]:
+    """Before each node: how many values that are no numbers were computed and are still to be used."""
+    number_of = {node: i for i, node in enumerate(nodes)}
+    changes = [0] * (len(nodes) + 2)
+    for i, node in enumerate(nodes):
+        if node.users and not _is_number(node):
+            changes[i + 1] += 1
+            changes[max(number_of[user] for user in node.users) + 1] -= 1
+    return list(accumulate(changes))
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Made of the batch size alone (graph/record.py), or the device: it takes no memory."""
+    if node.op == "call_method":
+        return node.target == "size"
+    if node.op != "call_function":
+        return False
+    computed = node.target in (operator.add, operator.mul) and all(_is_number(x) for x in node.all_input_nodes)
+    return computed or (node.target is getattr and node.args[1] == "device")
+
+
+_WEIGHTED = (
+    lean.convolution, lean.convolutions, F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d,
+    F.conv_transpose2d, F.conv_transpose3d,
+)  # fmt: skip
+
+
 def _bears_weights(node: fx.Node, module: nn.Module) -> bool:
+    """Convolutions, linear layers, attention; not norms, whose parameters have one dimension."""
     if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), (*CONVOLUTIONS, nn.Linear))
-    return node.op == "call_function" and node.target in (lean.convolution, lean.convolutions)
+        return any(parameter.dim() > 1 for parameter in module.get_submodule(str(node.target)).parameters())
+    return node.op == "call_function" and node.target in _WEIGHTED
 
 
 _RANDOM = (
@@ -55,6 +112,7 @@ _RANDOM = (
     "exponential", "cauchy", "geometric",
 )  # fmt: skip
 _NOT_RANDOM = ("normalize", "native_batch_norm")
+_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 _DROPOUT_ARGUMENT = 4  # where scaled_dot_product_attention takes it
 
 
@@ -63,11 +121,15 @@ def _is_random(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
         name, dropout = type(part).__name__, getattr(part, "dropout", 0)
+        if isinstance(part, _DropoutNd) and part.p == 0:
+            return False
     else:
         name = getattr(node.target, "__name__", str(node.target))
         dropout = 0
         if name == "scaled_dot_product_attention":
             dropout = node.kwargs.get("dropout_p", (*node.args, *[0] * 5)[_DROPOUT_ARGUMENT])
+        elif name in _DROPOUTS and node.kwargs.get("p", (*node.args, 0.5, 0.5)[1]) == 0:
+            return False
         elif "attention" in name:
             dropout = 1  # another one's arguments are not known
     name = name.lower()

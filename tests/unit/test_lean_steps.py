@@ -39,14 +39,19 @@ def told(levers):
     return "all" if levers == LEVERS else "+".join(levers) or "none"
 
 
-def small_vit():
-    return torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10, dropout=0.1, attention_dropout=0.1)
+def small_vit(dropout):
+    return torchvision.models.VisionTransformer(
+        32, 8, 2, 4, 32, 64, num_classes=10, dropout=dropout, attention_dropout=dropout
+    )
 
 
 @cache
 def network(name):
     torch.manual_seed(0)
-    model = small_vit() if name == "vit" else slt.load_model(name, 10, (3, 32, 32))
+    if "vit" in name and name != "vit_b_16":
+        model = small_vit(0.1 if name == "dropping vit" else 0.0)
+    else:
+        model = slt.load_model(name, 10, (3, 32, 32))
     return model, slt.trace(model, (3, 32, 32))
 
 
@@ -130,6 +135,8 @@ SUBJECTS = [
     ("vit", FULL, 4),
     ("vit", (2, 3, 0.5), 4),
     ("vit", (0, 4, 0.25), 4),
+    ("dropping vit", FULL, 4),
+    ("dropping vit", (2, 3, 0.5), 4),
 ]
 
 
