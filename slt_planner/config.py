@@ -21,7 +21,10 @@ Norms = Literal["static", "running"]
 Metric = Literal["accuracy", "mean_iou"]
 Granularity = Literal["layer", "block"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
-LeanLever = Literal["in_place_prefix", "copied_cuts", "lean_norms", "early_updates", "split_convolutions", "recompute"]
+LeanLever = Literal[
+    "in_place_prefix", "copied_cuts", "lean_norms", "early_updates", "split_convolutions",
+    "recompute:1", "recompute:2", "recompute:4", "recompute",
+]  # fmt: skip
 """How a training step is run in less memory without changing what it computes (docs/levers.md)."""
 _LEVER_NAMES = "|".join([*get_args(LeanLever), "channels_last", "bf16", "autocast", r"micro_batches:[1-9]\d{0,4}"])
 Lever = Annotated[str, StringConstraints(pattern=f"^({_LEVER_NAMES})$")]

@@ -12,13 +12,18 @@ from slt_planner.units import LARGEST_BYTES
 _FREE: LeverSet = ("in_place_prefix", "copied_cuts", "lean_norms", "early_updates", "channels_last")
 _SETS: tuple[LeverSet, ...] = (
     _FREE,
+    (*_FREE, "recompute:1"),
+    (*_FREE, "recompute:2"),
+    (*_FREE, "recompute:4"),
+    (*_FREE, "split_convolutions", "recompute:2"),
     (*_FREE, "recompute"),
-    (*_FREE, "split_convolutions"),
     (*_FREE, "split_convolutions", "recompute"),
 )
 """Sets of exact levers in the order of what they cost in step time (benchmarks/results/lean_steps.md)."""
 
-EXACT: tuple[Lever, ...] = (*get_args(LeanLever), "channels_last")
+PARTLY = ("recompute:1", "recompute:2", "recompute:4")
+"""Smaller amounts of `recompute`: the first pieces of the trained part alone."""
+EXACT: tuple[Lever, ...] = (*(lever for lever in get_args(LeanLever) if lever not in PARTLY), "channels_last")
 
 
 def lever_sets(asked: str, spec: StepSpec, images: bool) -> tuple[LeverSet, ...]:
@@ -40,7 +45,7 @@ def lever_sets(asked: str, spec: StepSpec, images: bool) -> tuple[LeverSet, ...]
     if asked == "none":
         return ((),)
     if asked in ("auto", "exact"):
-        allowed: tuple[Lever, ...] = EXACT
+        allowed: tuple[Lever, ...] = (*PARTLY, *EXACT)
     else:
         allowed = tuple(dict.fromkeys(name.strip() for name in asked.split(",")))
         try:
@@ -48,16 +53,20 @@ def lever_sets(asked: str, spec: StepSpec, images: bool) -> tuple[LeverSet, ...]
         except ValidationError as error:
             wrong = error.errors()[0]["input"]
             raise InputError(
-                f"--levers {wrong!r}: known are auto, none, exact, or a list of {', '.join(EXACT)}, bf16, autocast, "
-                "micro_batches:N"
+                f"--levers {wrong!r}: known are auto, none, exact, or a list of {', '.join((*EXACT, *PARTLY))}, bf16, "
+                "autocast, micro_batches:N"
             ) from error
     present = {*spec.levers, spec.memory_format} | (set() if images else {"channels_last"})
+    if "recompute" in present:
+        present |= set(PARTLY)
     if spec.micro_batch is not None:
         present.add("early_updates")
-    own = tuple(lever for lever in allowed if lever not in EXACT)
+    own = tuple(lever for lever in allowed if lever not in (*PARTLY, *EXACT))
     usable = set(allowed) - present
     sets: list[LeverSet] = [()]
-    sets += [tuple(lever for lever in exact if lever in usable) for exact in _SETS]
+    amounts = [lever for lever in (*PARTLY, "recompute") if lever in usable]
+    together: LeverSet = (*_FREE, "split_convolutions", *amounts[-1:])
+    sets += [tuple(lever for lever in exact if lever in usable) for exact in (*_SETS, together)]
     sets += [_joined(sets[-1], own[: number + 1]) for number in range(len(own))]
     sets = list(dict.fromkeys(sets))
     for levers in sets:

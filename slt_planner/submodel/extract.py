@@ -18,7 +18,7 @@ from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Cut, Index
 from slt_planner.submodel.lean_operators import recomputing
 from slt_planner.submodel.lean_program import lean_program
-from slt_planner.submodel.pieces import Piece, in_pieces
+from slt_planner.submodel.pieces import Piece, in_pieces, most_recomputed
 from slt_planner.submodel.program import with_cuts, with_norms, with_unit_marks
 from slt_planner.submodel.slices import shape_of, take
 
@@ -74,9 +74,10 @@ class SubModel(nn.Module):
         if not (mode and self._levers):
             return [self._function(program, enter)]
         program = lean_program(program, self, self._levers, self.extraction.graph.programs[mode].main)
-        if "recompute" not in self._levers:
+        most = most_recomputed(self._levers)
+        if most == 0:
             return [self._function(program, enter)]
-        return [_recomputed(self._function(piece.graph, enter), piece) for piece in in_pieces(program, self)]
+        return [_recomputed(self._function(piece.graph, enter), piece) for piece in in_pieces(program, self, most)]
 
     def _function(self, program: fx.Graph, enter: Callable[[int], None] | None) -> Forward:
         if enter is not None:

@@ -49,8 +49,8 @@ def lean_program(
         program: calls of the module's parts; nodes carry ``meta["unit"]``.
         module: says which parameters are trained.
         main: the number of the output that the loss surely depends on; None if there is none.
-        levers: what to rewrite. `recompute` and `early_updates` are not for here, but with `recompute` norms are
-            rewritten that keep running statistics, so that those move once.
+        levers: what to rewrite. Recomputing and `early_updates` are not for here, but where something is recomputed
+            norms are rewritten that keep running statistics, so that those move once.
     """
     return _Rewriting(program, module, levers, main).done()
 
@@ -211,7 +211,7 @@ class _Rewriting:
         if node.op == "call_function" and node.target is lean.with_cut:
             whole = next(user for user in node.users if user.args[1] == 0)
             node.args = (*node.args, self._gradient_is_own(whole))
-        wanted = {"lean_norms", "recompute"} & set(self._levers)
+        wanted = any(lever == "lean_norms" or lever.startswith("recompute") for lever in self._levers)
         if wanted and self._is(node, (_BatchNorm,)) and self._is_lean_norm(node):
             if "lean_norms" in self._levers:
                 activation = self._activation_after(node)

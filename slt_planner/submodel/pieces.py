@@ -1,7 +1,7 @@
 """A training program cut into pieces, of which some are run again in the backward pass instead of being kept."""
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from slt_planner.config import LeanLever
 from slt_planner.submodel import lean_operators as lean
 from slt_planner.submodel.lean_program import trained_nodes
 
@@ -25,7 +26,18 @@ class Piece:
     recomputed: bool = False
 
 
-def in_pieces(program: fx.Graph, module: nn.Module) -> list[Piece]:
+def most_recomputed(levers: Collection[LeanLever]) -> int | None:
+    """How many pieces these levers recompute at most; None is all.
+
+    >>> most_recomputed(["lean_norms", "recompute:2"]), most_recomputed(["lean_norms"]), most_recomputed(["recompute"])
+    (2, 0, None)
+    """
+    if "recompute" in levers:
+        return None
+    return max((int(lever.partition(":")[2]) for lever in levers if lever.startswith("recompute:")), default=0)
+
+
+def in_pieces(program: fx.Graph, module: nn.Module, most: int | None = None) -> list[Piece]:
     """A training program cut where it begins to train, and then before each layer that a single tensor leads to.
 
     A norm or an activation that only the layer takes goes with it: a piece of a transformer is a norm with its
@@ -33,7 +45,8 @@ def in_pieces(program: fx.Graph, module: nn.Module) -> list[Piece]:
 
     Recomputed are those that start from a single tensor, but not the frozen part, nor a lone layer, which saves nothing
     but that tensor; nor what draws random numbers, whose state would have to be kept; nor the last, with the
-    classifier: what it saves is needed at once.
+    classifier: what it saves is needed at once. Of these the first `most` (None: all): what they save waits longest for
+    its backward pass, and beside a narrow head it is most of what is saved.
     """
     nodes = [node for node in program.nodes if node.op != "get_attr"]
     inputs = sum(node.op == "placeholder" for node in nodes)
@@ -43,11 +56,12 @@ def in_pieces(program: fx.Graph, module: nn.Module) -> list[Piece]:
         first = inputs  # nothing is frozen
     before_layers = list(_places(nodes, first, module))
     begins = [*([inputs] if first > inputs else []), first, *before_layers[:-1]]
-    pieces = []
+    pieces: list[Piece] = []
     for begin, end in zip(begins, [*begins[1:], len(nodes)], strict=True):
         given = _live(nodes, begin) if begin > inputs else nodes[:inputs]
         graph = _piece(nodes[begin:end], given, _live(nodes, end))
-        again = first <= begin and end < len(nodes) and _is_worth_it(nodes[begin:end], given, module)
+        more = most is None or sum(piece.recomputed for piece in pieces) < most
+        again = more and first <= begin and end < len(nodes) and _is_worth_it(nodes[begin:end], given, module)
         pieces.append(Piece(graph, again))
     return pieces
 
@@ -90,8 +104,9 @@ def _is_number(node: fx.Node) -> bool:
         return node.target == "size"
     if node.op != "call_function":
         return False
-    computed = node.target in (operator.add, operator.mul) and all(_is_number(x) for x in node.all_input_nodes)
-    return computed or (node.target is getattr and node.args[1] == "device")
+    if node.target in (operator.add, operator.mul):
+        return all(_is_number(x) for x in node.all_input_nodes)
+    return node.target is getattr and node.args[1:] == ("device",)
 
 
 _WEIGHTED = (

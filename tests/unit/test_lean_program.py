@@ -638,6 +638,27 @@ def test_a_convolutional_network_is_cut_before_each_layer_and_what_is_frozen_is_
         assert [piece.recomputed for piece in in_pieces(program, sub)] == expected
 
 
+@pytest.mark.parametrize("name", ["resnet20", "vit"])
+def test_the_first_pieces_are_the_first_to_be_recomputed(name):
+    model, graph = network(name)
+    sub, program = lean_one(graph, model, Config.full_network(), "static")
+    every = [number for number, piece in enumerate(in_pieces(program, sub)) if piece.recomputed]
+    for most in range(len(every) + 2):
+        some = [number for number, piece in enumerate(in_pieces(program, sub, most)) if piece.recomputed]
+        assert some == every[:most]
+
+
+def test_a_larger_amount_needs_less_until_what_is_left_saves_nothing():
+    """Beside a narrow head, in which the trained layer's piece and the one after it save most."""
+    _, graph = network("resnet20")
+    config = config_of(2, 3, graph.head_scales(3)[6])
+    peaks = []
+    for amount in ((), ("recompute:1",), ("recompute:2",), ("recompute:4",), ("recompute",)):
+        spec = StepSpec(batch_size=32, levers=(*LEVERS[:3], *amount))
+        peaks.append(predict(graph, config, spec, details=False).tensor_peak_bytes)
+    assert peaks[0] > peaks[1] > peaks[2] >= peaks[3] >= peaks[4]
+
+
 def test_a_transformer_is_cut_before_the_norm_of_each_attention_and_each_mlp():
     """Its classifier's piece is the last MLP's, and the batch size goes along without being a tensor."""
     model, graph = network("vit")

@@ -18,6 +18,7 @@ from slt_planner.planning.solve import solve
 from slt_planner.planning.verify import verify
 from slt_planner.reporting.terminal import tier_headline
 from slt_planner.submodel.extract import extract
+from slt_planner.submodel.pieces import most_recomputed
 from tests.unit.test_solve_random import BUDGETS, Brute, Residual, convolution, networks
 
 
@@ -26,7 +27,7 @@ def test_no_levers_is_one_set_without_any():
 
 
 def test_auto_begins_with_the_plain_step_and_ends_with_all_exact_levers():
-    sets = lever_sets("auto", StepSpec(), images=True)
+    sets = auto_sets()
     assert sets[0] == ()
     assert set(sets[-1]) == set(EXACT)
     assert len(set(sets)) == len(sets)
@@ -48,6 +49,25 @@ def test_what_the_step_has_or_cannot_have_is_no_lever():
         assert set(only) == set(EXACT) - missing
 
 
+def test_recomputing_comes_in_amounts():
+    """The planner tries the small ones first; a list names what it may use."""
+    amounts = ["recompute:1", "recompute:2", "recompute:4", "recompute"]
+    tried = [[lever for lever in levers if lever.startswith("recompute")] for levers in auto_sets()]
+    assert tried == [[], [], *[[amount] for amount in amounts[:3]], ["recompute:2"], ["recompute"], ["recompute"]]
+    sets = lever_sets("recompute:4,split_convolutions", StepSpec(), images=True)
+    assert sets == ((), ("recompute:4",), ("split_convolutions",), ("split_convolutions", "recompute:4"))
+    assert StepSpec().with_levers(["recompute", "recompute:2"]).levers == ("recompute:2", "recompute")
+    assert most_recomputed(("recompute:2", "recompute")) is None
+    assert most_recomputed(("recompute:2", "lean_norms")) == 2
+    assert most_recomputed(("lean_norms",)) == 0
+    only_all = lever_sets("auto", StepSpec(levers=("recompute",)), images=True)
+    assert not any(lever.startswith("recompute") for levers in only_all for lever in levers)
+
+
+def auto_sets():
+    return lever_sets("auto", StepSpec(), images=True)
+
+
 def test_a_list_is_used_alone_and_what_is_not_exact_comes_last():
     sets = lever_sets("recompute,bf16,lean_norms", StepSpec(), images=True)
     assert sets == ((), ("lean_norms",), ("lean_norms", "recompute"), ("lean_norms", "recompute", "bf16"))
@@ -58,7 +78,9 @@ def test_micro_batches_leave_early_updates_out():
     assert sets == ((), ("early_updates",), ("micro_batches:8",))
 
 
-@pytest.mark.parametrize("asked", ["recomputed", "recompute,", "micro_batches:0", "micro_batches", "auto,recompute"])
+@pytest.mark.parametrize(
+    "asked", ["recomputed", "recompute,", "recompute:3", "micro_batches:0", "micro_batches", "auto,recompute"]
+)
 def test_a_lever_that_does_not_exist_is_refused_with_the_list_of_those_that_do(asked):
     with pytest.raises(InputError, match="known are auto, none, exact, or a list of in_place_prefix"):
         lever_sets(asked, StepSpec(), images=True)
