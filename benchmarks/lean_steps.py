@@ -23,7 +23,7 @@ from slt_planner.environment import environment
 from slt_planner.files import write_text
 from slt_planner.memory.step import SteadyStep, threads
 from slt_planner.models.registry import find_model
-from slt_planner.planning.levers import EXACT
+from slt_planner.planning.levers import EXACT, PARTLY
 from slt_planner.planning.step_times import paired_times
 from slt_planner.units import LARGEST_BYTES
 
@@ -135,7 +135,7 @@ def levers(number_of_threads: int, models: list[str]) -> Iterator[dict]:
     """Each lever alone and all of them, on some stages."""
     for name, stages in ((name, STAGES[name]) for name in models):
         # vit_b_16 has no batch norm to make leaner, one convolution, and here no frozen layer and no cut.
-        useful = EXACT if name == "resnet20" else ("early_updates", "recompute")
+        useful = (*EXACT, *PARTLY) if name == "resnet20" else ("early_updates", "recompute:4", "recompute")
         alone: list[LeverSet] = [(lever,) for lever in useful]
         graph, plain = network(name, number_of_threads)
         for freeze, full, place in stages:
@@ -174,7 +174,8 @@ def as_markdown(result: dict) -> str:
         ]
         lines += ["|---|---|---|---|---|---|---|"]
         for row in result["schedule"]:
-            extra = " and ".join(lever for lever in row["levers"] if lever in ("split_convolutions", "recompute"))
+            beside = [lever for lever in row["levers"] if lever.startswith(("split_convolutions", "recompute"))]
+            extra = " and ".join(beside)
             lines.append(
                 f"| {row['stage']} | {row['config']} | {mb(row['plain_peak_bytes'])} | {mb(row['peak_bytes'])} | "
                 f"{row['relative_time']:.2f} | {extra or ('none' if row['levers'] else 'plain')} | "
