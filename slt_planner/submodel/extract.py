@@ -225,7 +225,9 @@ def extract(
             elif node.op == "get_attr":
                 tensors[name] = values.of(name)
     programs = {
-        mode: with_norms(with_cuts(p.graph, cuts[mode], dropped[mode]), norms, config.freeze_depth)
+        mode: with_norms(
+            with_cuts(p.graph, cuts[mode], dropped[mode], _silent(graph, config, mode)), norms, config.freeze_depth
+        )
         for mode, p in graph.programs.items()
     }
     used = {str(node.target) for program in programs.values() for node in program.nodes if node.op == "get_attr"}
@@ -266,12 +268,21 @@ def _indices_at(graph: ModelGraph, node: fx.Node, cut: Cut) -> dict[str, Index]:
     return indices | {graph.first_name(f"{node.target}.{name}"): index for name, index in cut.parameters.items()}
 
 
+def _silent(graph: ModelGraph, config: Config, mode: bool) -> set[fx.Node]:
+    """What only auxiliary outputs need, on a frozen place: an output among them is None."""
+    nodes = graph.programs[mode].graph.nodes
+    return {node for node in nodes if node.meta["auxiliary"] and node.meta["freezes"] <= config.freeze_depth}
+
+
 def _dropped(graph: ModelGraph, config: Config, mode: bool) -> set[fx.Node]:
-    """Auxiliary heads on a frozen place, and what is stored for them alone."""
+    """What is not computed: auxiliary heads on a frozen place, unless one that is not frozen needs a part of them, and
+    what is stored for them alone.
+    """
+    silent = _silent(graph, config, mode)
     dropped: set[fx.Node] = set()
     for node in reversed(graph.programs[mode].graph.nodes):
-        of_no_use = not node.meta["data"] and node.users and all(user in dropped for user in node.users)
-        if (node.meta["auxiliary"] and node.meta["freezes"] <= config.freeze_depth) or of_no_use:
+        unused = all(user in dropped or user.op == "output" for user in node.users)
+        if (unused and node in silent) or (unused and node.users and not node.meta["data"]):
             dropped.add(node)
     return dropped
 

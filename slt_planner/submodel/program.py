@@ -12,10 +12,12 @@ from slt_planner.graph.region import Dimension, Region
 from slt_planner.graph.widths import Cut
 
 
-def with_cuts(program: fx.Graph, cuts: Mapping[fx.Node, Cut], dropped: Collection[fx.Node]) -> fx.Graph:
+def with_cuts(
+    program: fx.Graph, cuts: Mapping[fx.Node, Cut], dropped: Collection[fx.Node], silent: Collection[fx.Node]
+) -> fx.Graph:
     """A copy of a recorded program in which inputs are cut to what their operator takes.
 
-    `dropped` nodes are left out; an output among them becomes None.
+    `dropped` nodes are left out; an output among the `silent` ones becomes None.
     """
     copied = fx.Graph()
     copy_of: dict[fx.Node, Any] = dict.fromkeys(dropped)
@@ -24,6 +26,8 @@ def with_cuts(program: fx.Graph, cuts: Mapping[fx.Node, Cut], dropped: Collectio
             continue
         cut = cuts.get(node, Cut(()))
         inputs = {source: _narrowed(copied, copy_of[source], source, cuts, want) for source, want in cut.inputs.items()}
+        if node.op == "output":
+            inputs |= dict.fromkeys(silent)
         copy_of[node] = _copied(copied, node, cut, lambda n: inputs.get(n, copy_of[n]))  # noqa: B023
         copy_of[node].meta["unit"] = node.meta["unit"]
     copied.lint()

@@ -410,6 +410,51 @@ def test_auxiliary_heads_stay_whole_and_go_when_their_place_is_frozen():
     assert set(frozen.trained_state()) == {"b.weight", "fc.weight", "fc.bias"}
 
 
+class FrozenFeature(nn.Module):
+    """Outputs beside the logits: a feature of the first layer, and one of the second that is made with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = conv(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        one = self.a(x)
+        other, still = self.b(one), one.detach()
+        return {"logits": self.fc(pooled(other)), "one": still, "other": other + still}
+
+
+def test_an_auxiliary_output_may_need_what_is_frozen():
+    network = FrozenFeature()
+    sub = extract(trace(network, (3, 6, 6), Logits()), network, Config(freeze_depth=1, full_depth=2, head_scale=1.0))
+    images = torch.randn(4, 3, 6, 6)
+    outputs, expected = sub(images), network(images)
+    assert outputs["one"] is None
+    for name in ("logits", "other"):
+        assert torch.equal(outputs[name], expected[name])
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_is_never_cut_below_one_head(heads):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention = nn.Conv2d(3, 8, 2, 2), nn.MultiheadAttention(8, heads, batch_first=True)
+            self.mix, self.fc = nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.embed(x).flatten(2).transpose(1, 2)
+            return self.fc(self.mix(self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+    network = Attending()
+    graph = trace(network, (3, 6, 6))
+    for full_depth in (0, 1):
+        for head_scale in graph.head_scales(full_depth):
+            sub = extract(graph, network, Config(freeze_depth=0, full_depth=full_depth, head_scale=head_scale))
+            assert sub(torch.randn(2, 3, 6, 6)).shape == (2, 5)
+            assert sub.attention.num_heads == (1 if head_scale < 1 else heads)
+            assert sub.mix.out_features == round(8 * head_scale)
+
+
 class Noisy(nn.Module):
     """Dropout by three ways, and stochastic depth written by hand."""
 

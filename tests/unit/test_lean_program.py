@@ -472,8 +472,7 @@ def test_levers_change_nothing_in_random_networks(steps, ending, levers, norms, 
     spec = StepSpec(batch_size=5, norms=norms)
     try:
         take_steps(in_double(graph, model, config, spec), graph, spec)
-    except (RuntimeError, TypeError, AttributeError):
-        # It writes over what its own backward pass needs, or an auxiliary output takes one that was dropped.
+    except RuntimeError:  # it writes over what its own backward pass needs
         assume(False)
     assert_levers_change_nothing(graph, model, config, spec, levers)
 

@@ -17,10 +17,11 @@ def _multihead_attention(op: Operator) -> Cut:
     sources = [op.argument(i, name) for i, name in enumerate(("query", "key", "value"))]
     regions = [op.region(source) for source in sources]
     stream = common([region[-1] for region in regions])
-    for region in regions:
-        op.needs.steps(region[-1], module.head_dim)
     given = op.keep(module.embed_dim)
-    op.needs.steps(given, module.head_dim)
+    for dimension in (*[region[-1] for region in regions], given):
+        op.needs.steps(dimension, module.head_dim)
+        if module.num_heads == 1:  # a step is no smaller than all of it
+            op.needs.whole(dimension)
     heads = given.width // module.head_dim
     rows = Dimension(3 * module.embed_dim)
     if heads < module.num_heads:
