@@ -23,7 +23,7 @@ from slt_planner.submodel.extract import extract
 from slt_planner.submodel.lean_program import lean_program, trained_nodes
 from slt_planner.submodel.pieces import in_pieces
 from tests.unit.test_lean_steps import (
-    EACH_AND_ALL,
+    EACH,
     LEVERS,
     assert_alike,
     assert_levers_change_nothing,
@@ -309,7 +309,7 @@ LAYERS = {
     "stochastic depth": lambda: {"norm1": torchvision.ops.StochasticDepth(0.5, "row")},
 }
 
-CONFIGS = [(0, 0, 1.0), (0, 1, 0.5), (1, 2, 0.5), (2, 3, 1.0)]  # all of these networks have three units or more
+CONFIGS = [(0, 1, 0.5), (1, 2, 0.5), (2, 3, 1.0)]  # all of these networks have three units or more
 
 
 def small(between, **layers):
@@ -327,9 +327,9 @@ def assert_each_lever_changes_nothing(model, graph, numbers, norms, change=lambd
     different, spec = {}, StepSpec(batch_size=batch, norms=norms)
     plain = in_double(graph, model, config_of(*numbers), spec, change)
     losses = take_steps(plain, graph, spec)
-    for levers in EACH_AND_ALL:
-        if levers == ("early_updates",):  # which rewrite nothing
-            continue
+    idle = {"early_updates"} | ({"in_place_prefix"} if numbers[0] == 0 else set())  # they rewrite nothing here
+    idle |= {"copied_cuts"} if numbers[2] == 1.0 else set()
+    for levers in (own for own in (*EACH, LEVERS) if not idle.issuperset(own)):
         try:
             lean_spec = spec.model_copy(update={"levers": levers})
             sub = in_double(graph, model, config_of(*numbers), lean_spec, change)
@@ -339,16 +339,15 @@ def assert_each_lever_changes_nothing(model, graph, numbers, norms, change=lambd
     assert not different
 
 
-@pytest.mark.parametrize(
-    ("numbers", "norms"), [*zip(CONFIGS, ("static", "running", "running", "static"), strict=True)], ids=str
-)
+@pytest.mark.parametrize(("numbers", "norms"), [*zip(CONFIGS, ("static", "running", "static"), strict=True)], ids=str)
 @pytest.mark.parametrize("between", WIRINGS, ids=lambda between: between.__name__)
 def test_levers_change_nothing_however_values_are_shared(between, numbers, norms):
     assert_each_lever_changes_nothing(*traced(between), numbers, norms)
 
 
-@pytest.mark.parametrize("norms", ["static", "running"])
-@pytest.mark.parametrize("numbers", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    ("numbers", "norms"), [((0, 1, 0.5), "running"), ((1, 2, 0.5), "static"), ((2, 3, 1.0), "running")], ids=str
+)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_levers_change_nothing_whatever_the_layers(layers, numbers, norms):
     assert_each_lever_changes_nothing(*traced(chained, **LAYERS[layers]()), numbers, norms)
@@ -386,7 +385,7 @@ class OnTheInput(nn.Module):
 
 
 @pytest.mark.parametrize("norms", ["static", "running"])
-@pytest.mark.parametrize("numbers", [*CONFIGS[:2], (1, 3, 1.0), (2, 3, 0.5)], ids=str)
+@pytest.mark.parametrize("numbers", [CONFIGS[0], (1, 3, 1.0), (2, 3, 0.5)], ids=str)
 def test_the_input_stays_as_it_is(numbers, norms):
     torch.manual_seed(3)
     model = OnTheInput()
@@ -532,11 +531,11 @@ def test_no_operator_writes_over_what_another_one_takes(name, numbers, norms):
     assert "vit" in name or {lean.batch_norm_in_place, torch.relu_} & {node.target for node in watched.written}
 
 
-@pytest.mark.parametrize("numbers", CONFIGS[2:], ids=str)
+@pytest.mark.parametrize("numbers", CONFIGS[1:], ids=str)
 @pytest.mark.parametrize("between", WIRINGS, ids=lambda between: between.__name__)
 def test_no_operator_of_a_small_network_writes_over_what_another_one_takes(between, numbers):
     model, graph = traced(between)
-    for levers in EACH_AND_ALL:
+    for levers in (("in_place_prefix",), ("lean_norms",), LEVERS):
         sub, program = lean_one(graph, model, config_of(*numbers), "static", levers)
         images = torch.randn(4, *graph.input_shape, dtype=torch.float64)
         given = images.clone()

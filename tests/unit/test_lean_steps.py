@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LEVERS = ("in_place_prefix", "copied_cuts", "lean_norms", "early_updates", "split_convolutions", "recompute")
 PARTLY = (*LEVERS[:-1], "recompute:2")
-EACH_AND_ALL = [*[(lever,) for lever in LEVERS], PARTLY, LEVERS]
+EACH = [(lever,) for lever in LEVERS]
 NORMS = ("static", "running")
 FULL = (0, 0, 1.0)
 
@@ -142,52 +142,42 @@ SUBJECTS = [
 ]
 
 
-EACH_BY_NORMS = [
-    *[("static", levers) for levers in EACH_AND_ALL],
+# Each lever alone where all of them have something to do; elsewhere those that depend most on the rest.
+ALONE = [
+    *[("static", levers) for levers in (*EACH, PARTLY, LEVERS)],
     *[("running", levers) for levers in (("in_place_prefix",), ("lean_norms",), ("recompute",), LEVERS)],
 ]
+TOGETHER = [("static", ("recompute",)), ("static", LEVERS), ("running", LEVERS)]
 
 
-@pytest.mark.parametrize(("norms", "levers"), EACH_BY_NORMS, ids=lambda value: value if value in NORMS else told(value))
-@pytest.mark.parametrize(("name", "numbers", "batch"), SUBJECTS, ids=str)
+def cases():
+    """Vision transformers have layer norms alone."""
+    for name, numbers, batch in SUBJECTS:
+        for norms, levers in ALONE if 0 < numbers[0] < 18 and name != "dropping vit" else TOGETHER:
+            if norms == "static" or "vit" not in name:
+                yield pytest.param(name, numbers, batch, norms, levers, id=f"{name} {numbers} {norms} {told(levers)}")
+
+
+@pytest.mark.parametrize(("name", "numbers", "batch", "norms", "levers"), cases())
 def test_two_steps_with_levers_are_the_two_plain_steps(name, numbers, batch, norms, levers):
     assert_steps_are_the_plain_ones(name, numbers, norms, levers, batch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("levers", [LEVERS], ids=told)
-@pytest.mark.parametrize("norms", ["static", "running"])
 @pytest.mark.parametrize(
-    ("name", "numbers", "batch"),
+    ("name", "numbers", "batch", "norms"),
     [
-        ("mobilenet_v2", (0, 2, 0.25), 12),
-        ("mobilenet_v2", (34, 35, 1.0), 12),
-        ("densenet40", FULL, 4),
-        ("densenet40", (38, 39, 1.0), 4),
-        ("vit_b_16", FULL, 2),
-        ("vit_b_16", (10, 12, 0.5), 2),
+        ("mobilenet_v2", (0, 2, 0.25), 12, "running"),
+        ("mobilenet_v2", (34, 35, 1.0), 12, "static"),
+        ("densenet40", FULL, 4, "static"),
+        ("densenet40", (38, 39, 1.0), 4, "running"),
+        ("vit_b_16", FULL, 2, "static"),
+        ("vit_b_16", (10, 12, 0.5), 2, "static"),
     ],
     ids=str,
 )
-def test_two_steps_of_large_networks_are_the_plain_ones(name, numbers, batch, norms, levers):
-    assert_steps_are_the_plain_ones(name, numbers, norms, levers, batch)
-
-
-@pytest.mark.parametrize("levers", EACH_AND_ALL, ids=told)
-@pytest.mark.parametrize("numbers", [FULL, (7, 9, 0.5), (0, 2, 0.25)], ids=str)
-@pytest.mark.parametrize("name", ["resnet20", "vit"])
-def test_gradients_are_the_plain_ones(name, numbers, levers):
-    model, graph = network(name)
-    if name == "vit":
-        numbers = (min(numbers[0], 2), min(numbers[1], 3), numbers[2])
-    kept = tuple(lever for lever in levers if lever != "early_updates")
-    found = []
-    for own in (kept, ()):
-        spec = StepSpec(batch_size=4, levers=own)
-        sub = in_double(graph, model, config_of(*numbers), spec)
-        take_steps(sub, graph, spec, steps=1)
-        found.append(gradients(sub))
-    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-12)
+def test_two_steps_of_large_networks_are_the_plain_ones(name, numbers, batch, norms):
+    assert_steps_are_the_plain_ones(name, numbers, norms, LEVERS, batch)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +220,7 @@ def test_after_early_updates_the_optimizer_is_as_it_was_and_no_gradient_is_left(
 )
 @example(config_of(0, 0, 1 / 64), set(LEVERS), "running", 2, "channels_last")
 @example(config_of(1, 2, 1.0), {"in_place_prefix", "recompute"}, "running", 3, "contiguous")
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_levers_change_nothing_at_any_configuration(config, levers, norms, batch, layout):
     model, graph = network("resnet20")
     spec = StepSpec(batch_size=batch, norms=norms, memory_format=layout)
@@ -313,25 +303,17 @@ def test_micro_batches_with_levers_are_plain_micro_batches():
 
 # Memory
 
-# Every network has all levers and others alone, and meets every optimizer, layout and format; more is marked slow.
+# Every network has all levers, and meets every optimizer, layout and format; more is marked slow.
 MEMORY = [
     ("resnet20", FULL, LEVERS, {}),
-    ("resnet20", (6, 7, 0.5), LEVERS, {"optimizer": "adam", "memory_format": "channels_last"}),
-    ("resnet20", (0, 2, 0.25), LEVERS, {"precision": "autocast", "norms": "running"}),
-    ("resnet20", FULL, ("lean_norms",), {"precision": "bf16", "norms": "running", "memory_format": "channels_last"}),
-    ("resnet20", (0, 2, 0.25), ("recompute",), {"optimizer": "adam", "norms": "running"}),
-    ("resnet20", FULL, ("split_convolutions",), {"precision": "autocast", "memory_format": "channels_last"}),
+    ("resnet20", (6, 7, 0.5), PARTLY, {"optimizer": "adam", "memory_format": "channels_last"}),
+    ("resnet20", (0, 2, 0.25), ("recompute",), {"precision": "autocast", "norms": "running"}),
     ("resnet20", FULL, tuple(lever for lever in LEVERS if lever != "early_updates"), {"micro_batch": 3}),
-    ("mobilenet_v2", FULL, LEVERS, {}),
     ("mobilenet_v2", FULL, LEVERS, {"precision": "bf16", "norms": "running", "memory_format": "channels_last"}),
-    ("mobilenet_v2", (11, 12, 0.5), ("recompute",), {"precision": "autocast", "optimizer": "adam"}),
-    ("mobilenet_v2", (11, 12, 0.5), ("split_convolutions",), {"precision": "bf16"}),
-    ("densenet40", (13, 14, 0.5), LEVERS, {"precision": "bf16", "memory_format": "channels_last"}),
-    ("densenet40", (0, 2, 0.25), LEVERS, {"optimizer": "adam"}),
+    ("mobilenet_v2", (11, 12, 0.5), ("split_convolutions",), {"optimizer": "adam"}),
     ("densenet40", (26, 27, 0.5), ("lean_norms",), {"norms": "running", "precision": "autocast"}),
+    ("densenet40", (0, 2, 0.25), LEVERS, {"precision": "bf16", "memory_format": "channels_last"}),
     ("vit", FULL, LEVERS, {"optimizer": "adam"}),
-    ("resnet20", (6, 7, 0.5), PARTLY, {"memory_format": "channels_last"}),
-    ("vit", (2, 3, 0.5), ("recompute",), {"precision": "autocast"}),
 ]
 
 
@@ -366,7 +348,7 @@ EVERYTHING = product(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "numbers", "levers", "optimizer", "memory_format", "format_and_norms"),
-    random.Random(0).sample(list(EVERYTHING), 24),
+    random.Random(0).sample(list(EVERYTHING), 12),
     ids=str,
 )
 def test_predicted_memory_is_measured_memory_everywhere(
@@ -381,10 +363,9 @@ def test_predicted_memory_is_measured_memory_everywhere(
 @pytest.mark.parametrize(
     ("name", "numbers", "precision"),
     [
-        *[("resnet20", FULL, precision) for precision in ("fp32", "bf16", "autocast")],
+        ("resnet20", FULL, "bf16"),
         ("resnet20", (6, 7, 0.5), "fp32"),
         ("mobilenet_v2", (11, 12, 0.5), "autocast"),
-        ("densenet40", (26, 27, 0.5), "bf16"),
     ],
     ids=str,
 )
@@ -420,9 +401,15 @@ def peak_with_an_optimizer_a_parameter(module, batch, make):
     return ruler.peak
 
 
-@pytest.mark.parametrize("levers", [("early_updates",), LEVERS], ids=told)
-@pytest.mark.parametrize(("name", "numbers"), [("resnet20", (6, 7, 0.5)), ("densenet40", (26, 27, 0.5))], ids=str)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("name", "numbers", "optimizer", "levers"),
+    [
+        ("resnet20", (6, 7, 0.5), "adam", ("early_updates",)),
+        ("resnet20", (6, 7, 0.5), "sgd", LEVERS),
+        ("densenet40", (26, 27, 0.5), "adam", LEVERS),
+    ],
+    ids=str,
+)
 def test_early_updates_need_what_a_loop_with_an_optimizer_a_parameter_needs(name, numbers, optimizer, levers):
     _, graph = network(name)
     config = config_of(*numbers)
@@ -441,8 +428,7 @@ def test_early_updates_need_what_a_loop_with_an_optimizer_a_parameter_needs(name
         ("resnet20", FULL, LEVERS, 0.5),
         ("mobilenet_v2", FULL, ("lean_norms",), 0.9),
         ("mobilenet_v2", (30, 31, 1.0), ("early_updates",), 0.92),
-        ("mobilenet_v2", FULL, LEVERS, 0.65),
-        ("densenet40", (13, 15, 0.25), LEVERS, 0.95),
+        ("vit", FULL, ("recompute",), 0.75),
     ],
     ids=str,
 )
@@ -471,10 +457,8 @@ def run_twice_under(limit, step):
 @pytest.mark.parametrize(
     ("name", "numbers", "settings"),
     [
-        ("resnet20", FULL, {"norms": "running"}),
         ("resnet20", (6, 7, 0.5), {"precision": "bf16", "optimizer": "adam", "memory_format": "channels_last"}),
-        ("mobilenet_v2", (0, 2, 0.25), {}),
-        ("densenet40", (26, 27, 0.5), {}),
+        ("mobilenet_v2", (0, 2, 0.25), {"norms": "running"}),
     ],
     ids=str,
 )
