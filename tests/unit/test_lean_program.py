@@ -309,7 +309,7 @@ LAYERS = {
     "stochastic depth": lambda: {"norm1": torchvision.ops.StochasticDepth(0.5, "row")},
 }
 
-CONFIGS = [(0, 1, 0.5), (1, 2, 0.5), (2, 3, 1.0)]  # all of these networks have three units or more
+CONFIGS = [(0, 1, 0.5), (2, 3, 0.5)]  # all of these networks have three units or more
 
 
 def small(between, **layers):
@@ -339,7 +339,7 @@ def assert_each_lever_changes_nothing(model, graph, numbers, norms, change=lambd
     assert not different
 
 
-@pytest.mark.parametrize(("numbers", "norms"), [*zip(CONFIGS, ("static", "running", "static"), strict=True)], ids=str)
+@pytest.mark.parametrize(("numbers", "norms"), [*zip(CONFIGS, ("static", "running"), strict=True)], ids=str)
 @pytest.mark.parametrize("between", WIRINGS, ids=lambda between: between.__name__)
 def test_levers_change_nothing_however_values_are_shared(between, numbers, norms):
     assert_each_lever_changes_nothing(*traced(between), numbers, norms)
