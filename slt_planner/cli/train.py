@@ -212,15 +212,17 @@ def _begun_runs(path: Path, model: str | None, console: Console) -> "list[tuple[
 
     results = [(folder, load_run(folder)) for folder in run_folders(path)]
     begun: list[tuple[Path, Run | RunResult]] = []
-    data: dict[str, Dataset] = {}
+    data: dict[tuple[object, ...], Dataset] = {}
     for folder, result in results:
         if result.status == "finished":
             line = f"{folder}: finished after {len(result.rows)} rounds, nothing is left to do"
             begun.append((folder, result))
         else:
-            line = f"{folder}: goes on, {len(result.rows)} of {result.settings.rounds} rounds were done"
-            run = prepare_again(result, model, data.get(result.settings.dataset))
-            data[result.settings.dataset] = run.dataset
+            settings = result.settings
+            line = f"{folder}: goes on, {len(result.rows)} of {settings.rounds} rounds were done"
+            which = (settings.dataset, settings.data_root, result.plan.input_shape, result.plan.num_classes)
+            run = prepare_again(result, model, data.get(which))
+            data[which] = run.dataset
             begun.append((folder, run))
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     return begun

@@ -49,7 +49,6 @@ def begin_run(run: Run, folder: Path, force: bool = False) -> None:
     """Make the folder of a run, from which `continue_run` can go on; as `run_experiment`."""
     with threads(run.plan.step) as number:
         RunFolder(folder).begin(_empty_result(run, environment(number)), force)
-    run.images_of.save(folder / SPLIT, force=True)
 
 
 def continue_run(run: Run, folder: Path, progress: Callable[[RoundRow], None] = lambda row: None) -> RunResult:
@@ -68,6 +67,8 @@ def continue_run(run: Run, folder: Path, progress: Callable[[RoundRow], None] = 
         _check_same(run, result, folder)
         state = load_checkpoint(folder, run.graph, run.start) or run.start
         rows, outcome = run_folder.keep_rounds(state.round), dict[str, object]()
+        if not (folder / SPLIT).exists():
+            run.images_of.save(folder / SPLIT)
         with closing(TensorboardLog(folder / TENSORBOARD, rows)) as log:
             try:
                 while state.round < run.settings.rounds:

@@ -224,7 +224,7 @@ def test_one_process_at_a_time(crashed, begun):
 
 def test_forcing_a_new_run_leaves_nothing_of_the_old_one(crashed, begun):
     begin_run(begun, crashed, force=True)
-    assert sorted(path.name for path in crashed.iterdir()) == ["config.json", "metrics.jsonl", "split.safetensors"]
+    assert sorted(path.name for path in crashed.iterdir()) == ["config.json", "metrics.jsonl"]
     assert load_run(crashed).rows == ()
 
 
