@@ -101,8 +101,7 @@ def _finite(number: float) -> float | None:
 def draw_cohort(run: Run, state: ServerState) -> Sequence[Assignment]:
     """This round's clients, in the order their updates are folded; those whose tier sits out are not drawn."""
     settings, tiers, number = run.settings, run.plan.tiers, state.round + 1
-    taking_part = [place for place, tier in enumerate(tiers) if run.strategy.tier_steps(tier.name)]
-    eligible = np.flatnonzero(np.isin(run.tier_of, taking_part))
+    eligible = run.clients_taking_part
     random = np.random.default_rng([settings.seed, _COHORT_STREAM, number])
     drawn = random.choice(eligible, size=min(settings.cohort_size, len(eligible)), replace=False)
 

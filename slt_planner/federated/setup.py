@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from slt_planner.config import LeverSet, Record, StepSpec
@@ -58,6 +60,12 @@ class Run:
     client_peaks: Mapping[ClientStep, int]
     client_costs: Mapping[ClientStep, ClientCosts]
     start: ServerState
+
+    @cached_property
+    def clients_taking_part(self) -> NDArray[np.int64]:
+        """The clients whose tier trains anything, ascending."""
+        taking_part = [place for place, tier in enumerate(self.plan.tiers) if self.strategy.tier_steps(tier.name)]
+        return np.flatnonzero(np.isin(self.tier_of, taking_part))
 
     def step_with(self, levers: LeverSet) -> StepSpec:
         """A training step at the local batch."""
