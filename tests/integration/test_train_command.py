@@ -105,7 +105,9 @@ def test_resuming_a_folder_of_runs_after_kill_9(command, plan, tmp_path):
 def test_kill_9_at_ten_random_moments_of_the_command(command, plan, tmp_path):
     words = [*WORDS, "--rounds", "40", "--checkpoint-every", "3"]
     began = time.monotonic()
-    assert started(tmp_path, *words, "--out", "whole").wait() == 0
+    whole = started(tmp_path, *words, "--out", "whole")
+    _, err = whole.communicate()
+    assert whole.returncode == 0, err
     duration, chance = time.monotonic() - began, random.Random(7)
     figures = []
     for number in range(10):
