@@ -17,8 +17,9 @@ from slt_planner.planning.plan import Plan, Policy, RoundsPolicy
 from slt_planner.planning.tiers import load_tiers
 from slt_planner.reporting.html import report_paths
 from slt_planner.reporting.report import report as write_report
-from slt_planner.reporting.terminal import count, plan_table, shorten
+from slt_planner.reporting.terminal import plan_table
 from slt_planner.reporting.what_if_view import what_if_table
+from slt_planner.reporting.words import count, shorten
 
 if TYPE_CHECKING:
     from slt_planner.graph.trace import ModelGraph

@@ -19,8 +19,8 @@ from slt_planner.memory.profile import MemoryProfile, load_profile
 from slt_planner.planning.levers import lever_sets
 from slt_planner.reporting.figures import png_bytes
 from slt_planner.reporting.profile_view import comparison_view, prediction_sentence, profile_view
-from slt_planner.reporting.terminal import DATA_DEPENDENT
 from slt_planner.reporting.timeline_figure import timeline_figure
+from slt_planner.reporting.words import DATA_DEPENDENT
 
 if TYPE_CHECKING:
     from slt_planner.graph.trace import ModelGraph

@@ -18,18 +18,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from slt_planner.federated.result import RunResult
 from slt_planner.memory.profile import CATEGORIES, Category
 from slt_planner.planning.plan import Plan, TierPlan, TierStage
-from slt_planner.reporting.terminal import (
-    RunGroup,
-    count,
-    dataset_titles,
-    how_known,
-    megabytes,
-    metric_title,
-    model_title,
-    ruler,
-    run_groups,
-    shorten,
-)
+from slt_planner.reporting.run_groups import RunGroup, dataset_titles, metric_title, run_groups
+from slt_planner.reporting.words import count, how_known, megabytes, model_title, ruler, shorten
 from slt_planner.units import format_bytes
 
 INK, MUTED, GRID, PAPER = "#1b2430", "#5c6773", "#dfe4ea", "#ffffff"

@@ -20,30 +20,32 @@ from slt_planner.planning.costs import stage_cost
 from slt_planner.planning.plan import Plan, TierPlan
 from slt_planner.reporting import figures
 from slt_planner.reporting.left_over import left_over
-from slt_planner.reporting.terminal import (
+from slt_planner.reporting.run_groups import (
+    dataset_titles,
+    head_scales,
+    mean,
+    metric_title,
+    round_seconds,
+    run_groups,
+    run_labels,
+    stopped_sentence,
+)
+from slt_planner.reporting.trade_off_figure import trade_off_caption, trade_off_figure
+from slt_planner.reporting.words import (
     DATA_DEPENDENT,
     NOTHING,
     count,
-    dataset_titles,
-    head_scales,
     how_known,
     lever_letters,
     lever_lines,
-    mean,
-    metric_title,
     model_title,
     percent,
     reason_text,
-    round_seconds,
     ruler,
-    run_groups,
-    run_labels,
     scale_text,
     shorten,
-    stopped_sentence,
     tier_headline,
 )
-from slt_planner.reporting.trade_off_figure import trade_off_caption, trade_off_figure
 from slt_planner.units import format_bytes
 
 _SUFFIXES = (".html", ".htm")

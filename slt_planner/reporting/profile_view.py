@@ -10,15 +10,8 @@ from rich.text import Text
 
 from slt_planner.memory.profile import CATEGORIES, MemoryProfile, UnitRow
 from slt_planner.reporting.figures import CATEGORY_COLOURS
-from slt_planner.reporting.terminal import (
-    NOTHING,
-    batch_words,
-    count,
-    optimizer_words,
-    percent,
-    plain_table,
-    shorten,
-)
+from slt_planner.reporting.plan_table import plain_table
+from slt_planner.reporting.words import NOTHING, batch_words, count, optimizer_words, percent, shorten
 
 _WIDTH = 80
 _BAR_WIDTH = 46

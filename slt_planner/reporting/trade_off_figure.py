@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from slt_planner.planning.plan import Frontier, Plan, TradeOff
 from slt_planner.reporting.figures import LINES, PAPER, RUN_COLOURS, WIDTH_IN, bytes_unit, styled
-from slt_planner.reporting.terminal import scale_text, shorten
+from slt_planner.reporting.words import scale_text, shorten
 from slt_planner.units import format_bytes
 
 _PEAKS = LinearSegmentedColormap.from_list("peaks", ["#f1f4f8", "#8195b8"])  # dark text is readable on all of it

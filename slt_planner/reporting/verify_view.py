@@ -8,8 +8,9 @@ from rich.text import Text
 
 from slt_planner.planning.plan import TierPlan
 from slt_planner.planning.verification import Verification, VerifiedPeak
+from slt_planner.reporting.plan_table import plain_table
 from slt_planner.reporting.profile_view import fine_bytes
-from slt_planner.reporting.terminal import count, megabytes, percent, plain_table, ruler, shorten
+from slt_planner.reporting.words import count, megabytes, percent, ruler, shorten
 
 
 def verification_view(verification: Verification) -> RenderableType:

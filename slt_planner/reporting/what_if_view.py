@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slt_planner.planning.levers import Alternative, WhatIf
-from slt_planner.reporting.terminal import NOTHING, megabytes, reason_text, shorten, step_ruler
+from slt_planner.reporting.words import NOTHING, megabytes, reason_text, shorten, step_ruler
 
 
 def what_if_table(what_if: WhatIf) -> RenderableType:

@@ -16,7 +16,7 @@ from slt_planner.memory.predict import predict
 from slt_planner.planning.levers import EXACT, lever_sets
 from slt_planner.planning.solve import solve
 from slt_planner.planning.verify import verify
-from slt_planner.reporting.terminal import tier_headline
+from slt_planner.reporting.words import tier_headline
 from slt_planner.submodel.extract import extract
 from slt_planner.submodel.pieces import most_recomputed
 from tests.unit.test_solve_random import BUDGETS, Brute, Residual, convolution, networks

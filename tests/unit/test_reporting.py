@@ -20,7 +20,7 @@ from slt_planner.config import DeviceFigures
 from slt_planner.errors import InputError
 from slt_planner.federated.result import RunResult
 from slt_planner.planning.plan import Plan, TierPlan
-from slt_planner.reporting import figures, html, terminal
+from slt_planner.reporting import figures, html, run_groups, terminal, words
 from slt_planner.reporting.left_over import left_over
 from slt_planner.reporting.trade_off_figure import trade_off_caption, trade_off_figure
 from slt_planner.units import format_bytes
@@ -213,7 +213,7 @@ def test_trade_off_table_shows_the_records_numbers(plan: Plan, plan_page: Page) 
         frontiers = [frontier.head_scales[number] for frontier in grid.frontiers]
         known = [scale for scale in frontiers if scale is not None]
         assert values(row) == [grid.freeze_depths[number], *grid.peak_bytes[number], *known]
-        assert [cell[0] == terminal.NOTHING for cell in row[-len(frontiers) :]] == [
+        assert [cell[0] == words.NOTHING for cell in row[-len(frontiers) :]] == [
             scale is None for scale in frontiers
         ]
     assert len(plan_page.body("trade-off-data")) == len(grid.freeze_depths)
@@ -264,7 +264,7 @@ def test_policy_per_tier_shows_each_tiers_own_head(tmp_path: Path) -> None:
             expected += [own.freeze_depth, own.head_scale, own.peak_bytes, own.peak_bytes / tier.budget_bytes]
         assert values(row) == expected
         limits = [page.body(f"memory-{n}-data")[number][3][0] for n in range(len(plan.tiers))]
-        assert limits == [terminal.reason_text(tier.stages[number].limited_by) for tier in plan.tiers]
+        assert limits == [words.reason_text(tier.stages[number].limited_by) for tier in plan.tiers]
 
 
 def test_what_is_left_over_is_said_with_its_reason(plan: Plan, plan_page: Page) -> None:
@@ -379,13 +379,13 @@ def test_a_run_without_a_round_is_reported(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_name_are_told_apart() -> None:
-    labels = terminal.run_labels([sample_run(), sample_run(), sample_run(seed=1)])
+    labels = run_groups.run_labels([sample_run(), sample_run(), sample_run(seed=1)])
     assert labels == ["slt-seed0 (1)", "slt-seed0 (2)", "slt-seed1"]
 
 
 def test_only_seeds_of_the_same_run_are_averaged(plan: Plan) -> None:
     other = sample_plan((128, 256))
-    groups = terminal.run_groups([sample_run(plan=plan), sample_run(plan=other, seed=1), sample_run(plan=plan, seed=2)])
+    groups = run_groups.run_groups([sample_run(plan=plan), sample_run(plan=other, seed=1), sample_run(plan=plan, seed=2)])
     assert [[run.settings.seed for run in group.runs] for group in groups] == [[0, 2], [1]]
 
 
@@ -405,7 +405,7 @@ def test_names_do_no_harm(name: str, tmp_path: Path) -> None:
         assert not page.tags & {"script", "img"}
         assert "onerror" not in page.attributes
         assert not re.search(r"<(script|img)", text)
-        assert terminal.shorten(name, 24) in page.text
+        assert words.shorten(name, 24) in page.text
         assert len(page.ids) == len(set(page.ids))
     shown = printed(terminal.plan_table(plan)) + printed(terminal.run_table([run]))
     assert "\x1b" not in shown

@@ -1,0 +1,104 @@
+"""Runs put together: those that repeat one another with another seed, and what is said of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slt_planner.federated.result import RunResult, RunTier
+from slt_planner.reporting.words import scale_text, shorten
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Finished runs that differ in their seed alone, or one stopped run; each member with its own name."""
+
+    label: str
+    members: tuple[tuple[str, RunResult], ...]
+
+    @property
+    def runs(self) -> tuple[RunResult, ...]:
+        """The runs without their names."""
+        return tuple(run for _, run in self.members)
+
+
+def run_labels(results: Sequence[RunResult]) -> list[str]:
+    """A name for each run, numbered where several would have the same.
+
+    A run's own title is its strategy and seed; two plans' runs can share it.
+    """
+    titles = [result.title for result in results]
+    labels = []
+    for index, title in enumerate(titles):
+        alike = titles[:index].count(title)
+        labels.append(f"{title} ({alike + 1})" if titles.count(title) > 1 else title)
+    return labels
+
+
+def run_groups(results: Sequence[RunResult]) -> list[RunGroup]:
+    """Runs put together that repeat one another with another seed; a stopped run stays alone."""
+    found: list[tuple[object, list[tuple[str, RunResult]]]] = []
+    for label, result in zip(run_labels(results), results, strict=True):
+        settings = result.settings.model_dump(exclude={"seed"})
+        key = (settings, result.plan, result.dataset_title, result.head_scale, len(result.rows))
+        alike = next((runs for other, runs in found if other == key), None)
+        if alike is None or result.status == "stopped":
+            found.append((key if result.status == "finished" else object(), [(label, result)]))
+        else:
+            alike.append((label, result))
+    groups: list[RunGroup] = []
+    for _, labelled in found:
+        label, first = labelled[0]
+        if len(labelled) > 1:
+            label = f"{first.settings.strategy}, {len(labelled)} seeds"
+        elif first.status == "stopped":
+            label = f"{label} (stopped)"
+        earlier = [group.label for group in groups]
+        if label in earlier:
+            label = f"{label} ({sum(other.startswith(label) for other in earlier) + 1})"
+        groups.append(RunGroup(label, tuple(labelled)))
+    return groups
+
+
+def mean(numbers: Sequence[float | None]) -> float | None:
+    """The mean of the numbers that are there, None where none is."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) / len(known) if known else None
+
+
+def tightest_tier(result: RunResult) -> RunTier | None:
+    """The tier whose clients came nearest to their budget."""
+    measured = [tier for tier in result.tiers if tier.measured_peak_bytes is not None]
+    return max(measured, key=lambda tier: (tier.measured_peak_bytes or 0) / tier.budget_bytes, default=None)
+
+
+def head_scales(result: RunResult) -> str:
+    """The head scales a run went through: its one width, or the first and the last."""
+    scales = [row.config.head_scale for row in result.rows] or [stage.head_scale for stage in result.plan.stages]
+    if result.head_scale is not None or min(scales) == max(scales):
+        return scale_text(result.head_scale or scales[0])
+    return f"{100 * scales[0]:.3g} to {scale_text(scales[-1])}"
+
+
+def round_seconds(result: RunResult) -> float | None:
+    """Mean seconds of a round."""
+    return mean([row.seconds for row in result.rows])
+
+
+def metric_title(results: Sequence[RunResult]) -> str:
+    """What the runs are judged by, in words."""
+    words = {"accuracy": "accuracy", "mean_iou": "mean IoU"}
+    return " or ".join(dict.fromkeys(words[result.metric] for result in results)) or words["accuracy"]
+
+
+def stopped_sentence(label: str, result: RunResult) -> str:
+    """That a run was stopped, and after which round."""
+    done = (
+        f"after round {result.rows[-1].round} of {result.settings.rounds}"
+        if result.rows
+        else "before its first round ended"
+    )
+    return f"{label} was stopped {done}: its figures are not final"
+
+
+def dataset_titles(results: Sequence[RunResult]) -> str:
+    """The data that accuracies were measured on."""
+    return "; ".join(dict.fromkeys(shorten(result.dataset_title, 80) for result in results))
