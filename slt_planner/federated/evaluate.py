@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from slt_planner.config import Config, StepSettings
+from slt_planner.config import Config, Metric, StepSettings
 from slt_planner.data.datasets import Dataset, normalise
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.step import memory_format
@@ -21,7 +21,13 @@ _FEWEST = 16
 
 
 def evaluate(model: SubModel, dataset: Dataset, step: StepSettings, seed: int) -> tuple[float, float]:
-    """The metric of the network's adapter and the mean loss on the test images, shuffled by `seed`.
+    """The metric of the network's adapter and the mean loss on the test images, as `confusion_and_loss` runs them."""
+    confusion, loss = confusion_and_loss(model, dataset, step, seed)
+    return quality(confusion, model.extraction.graph.adapter.metric), loss
+
+
+def confusion_and_loss(model: SubModel, dataset: Dataset, step: StepSettings, seed: int) -> tuple[Tensor, float]:
+    """How often each class was given (rows) and predicted (columns), and the mean loss; test images shuffled by `seed`.
 
     Batches are of 1,024 images (of as many pixels as 1,024 of 32x32, where images are larger), without a tail of one:
     with `static` norms each batch is normalised by its own statistics.
@@ -29,21 +35,26 @@ def evaluate(model: SubModel, dataset: Dataset, step: StepSettings, seed: int) -
     adapter = model.extraction.graph.adapter
     model.to(memory_format=memory_format(step)).eval()
     order = torch.randperm(len(dataset.test_labels), generator=torch.Generator().manual_seed(seed))
-    correct, loss, confusion = 0, 0.0, None
+    confusion, loss = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.int64), 0.0
     with torch.inference_mode():
         for chosen in split_without_tail(order, _batch_size(dataset)):
             batch = normalise(dataset.test_images[chosen], dataset).to(memory_format=memory_format(step))
             labels = dataset.test_labels[chosen].long()
             outputs = model(*adapter.inputs(batch))
             loss += float(adapter.loss(outputs, labels)) * len(chosen)
-            predicted = adapter.scores(outputs).argmax(1)
-            if adapter.metric == "mean_iou":
-                counts = _confusion(predicted, labels, dataset.num_classes)
-                confusion = counts if confusion is None else confusion + counts
-            else:
-                correct += int((predicted == labels).sum())
-    quality = correct / len(order) if confusion is None else mean_iou(confusion)
-    return quality, loss / len(order)
+            confusion += _confusion(adapter.scores(outputs).argmax(1), labels, dataset.num_classes)
+    return confusion, loss / len(order)
+
+
+def quality(confusion: Tensor, metric: Metric) -> float:
+    """The metric of (given, predicted) counts.
+
+    >>> quality(torch.tensor([[3, 1], [0, 4]]), "accuracy")
+    0.875
+    """
+    if metric == "mean_iou":
+        return mean_iou(confusion)
+    return int(confusion.diag().sum()) / int(confusion.sum())
 
 
 def _confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:

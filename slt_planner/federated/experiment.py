@@ -12,7 +12,7 @@ from slt_planner.data.datasets import Dataset
 from slt_planner.environment import environment
 from slt_planner.errors import InputError
 from slt_planner.federated.checkpoint import load_checkpoint, save_checkpoint
-from slt_planner.federated.evaluate import evaluate, recalibrate
+from slt_planner.federated.evaluate import confusion_and_loss, quality, recalibrate
 from slt_planner.federated.result import RoundRow, RunResult, RunSettings, RunTier
 from slt_planner.federated.rounds import EVALUATION_STREAM, run_round
 from slt_planner.federated.run_folder import SPLIT, TENSORBOARD, RunFolder, load_run
@@ -22,6 +22,8 @@ from slt_planner.federated.tensorboard_log import TensorboardLog
 from slt_planner.memory.step import threads
 from slt_planner.planning.plan import Plan
 from slt_planner.submodel.extract import extract
+
+_MOST_COUNTS = 100_000
 
 
 def run_experiment(
@@ -172,7 +174,10 @@ def judge(run: Run, state: ServerState, config: Config) -> dict[str, object]:
     outcome: dict[str, object] = {"status": "finished"}
     for norms, name in kinds:
         model = extract(run.graph, weights, config, norms)
-        outcome[name], _ = evaluate(model, run.dataset, run.plan.step, seed + EVALUATION_STREAM)
+        counts, _ = confusion_and_loss(model, run.dataset, run.plan.step, seed + EVALUATION_STREAM)
+        outcome[name] = quality(counts, run.graph.adapter.metric)
+        if norms == "static":
+            outcome["confusion"] = tuple(map(tuple, counts.tolist()))
     return outcome
 
 
@@ -212,8 +217,16 @@ def _empty_result(run: Run, made_on: dict[str, str]) -> RunResult:
         head_scale=configs.pop().head_scale if len(configs) == 1 else None,
         tiers=tiers,
         status="stopped",
+        images_per_class=_images_per_class(run),
         environment=made_on,
     )
+
+
+def _images_per_class(run: Run) -> tuple[tuple[int, ...], ...] | None:
+    labels, classes = run.dataset.train_labels, run.dataset.num_classes
+    if labels.ndim > 1 or len(run.images_of) * classes > _MOST_COUNTS:  # of pixels, or too many to be looked at
+        return None
+    return tuple(tuple(labels[images].bincount(minlength=classes).tolist()) for images in run.images_of)
 
 
 def _with_rows(result: RunResult, rows: Sequence[RoundRow]) -> RunResult:

@@ -121,6 +121,11 @@ class RunResult(Record):
     `accuracy_batch_statistics` and `accuracy_running_statistics` are of the final network on the test images, with
     norms as trained (statistics of batches of 1,024) and with running statistics recalibrated on the server's images;
     None when the run was stopped before its end.
+
+    `confusion` counts the test images (of masks: the pixels) of each given class (rows) by the class that the final
+    network, with batch statistics, took them for (columns); `images_per_class` counts each client's (rows) training
+    images of each class. None where that is not known: `confusion` of stopped runs, `images_per_class` of masks and
+    where it has more than 100,000 numbers, and both in runs of older versions.
     """
 
     settings: RunSettings
@@ -135,6 +140,8 @@ class RunResult(Record):
     status: Literal["finished", "stopped"]
     accuracy_batch_statistics: float | None = None
     accuracy_running_statistics: float | None = None
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    images_per_class: tuple[tuple[int, ...], ...] | None = None
     environment: dict[str, str]
 
     @property

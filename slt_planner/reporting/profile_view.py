@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slt_planner.memory.profile import CATEGORIES, MemoryProfile, UnitRow
-from slt_planner.reporting.figures import CATEGORY_COLOURS
+from slt_planner.reporting.looks import CATEGORY_COLOURS
 from slt_planner.reporting.plan_table import plain_table
 from slt_planner.reporting.words import NOTHING, batch_words, count, optimizer_words, percent, shorten
 

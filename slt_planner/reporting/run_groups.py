@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from statistics import stdev
 
 from slt_planner.federated.result import RunResult, RunTier
 from slt_planner.reporting.words import scale_text, shorten
+
+Confusion = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,33 @@ class RunGroup:
     def runs(self) -> tuple[RunResult, ...]:
         """The runs without their names."""
         return tuple(run for _, run in self.members)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A group's accuracy, a value a round: the mean over its seeds, the lowest and the highest.
+
+    `bytes_up` are those uploaded so far, the mean over the seeds.
+    """
+
+    rounds: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+    bytes_up: list[float]
+
+    @classmethod
+    def of(cls, group: RunGroup) -> "Curve":
+        """A group's runs have equally many rounds."""
+        by_round = list(zip(*([row.accuracy for row in run.rows] for run in group.runs), strict=True))
+        uploads = zip(*(accumulate(row.bytes_up for row in run.rows) for run in group.runs), strict=True)
+        return cls(
+            rounds=[row.round for row in group.runs[0].rows],
+            mean=[sum(values) / len(values) for values in by_round],
+            low=[min(values) for values in by_round],
+            high=[max(values) for values in by_round],
+            bytes_up=[sum(values) / len(values) for values in uploads],
+        )
 
 
 def run_labels(results: Sequence[RunResult]) -> list[str]:
@@ -102,3 +133,35 @@ def stopped_sentence(label: str, result: RunResult) -> str:
 def dataset_titles(results: Sequence[RunResult]) -> str:
     """The data that accuracies were measured on."""
     return "; ".join(dict.fromkeys(shorten(result.dataset_title, 80) for result in results))
+
+
+def stage_changes(result: RunResult) -> list[int]:
+    """Which rows are the first of a stage other than the first one."""
+    stages = [row.stage for row in result.rows]
+    return [index for index in range(1, len(stages)) if stages[index] != stages[index - 1]]
+
+
+def spread(numbers: Sequence[float | None]) -> float | None:
+    """The sample standard deviation of the numbers that are there, None where they are fewer than two.
+
+    >>> spread([0.25, 0.75, None]), spread([0.5])
+    (0.3535533905932738, None)
+    """
+    known = [number for number in numbers if number is not None]
+    return stdev(known) if len(known) > 1 else None
+
+
+def confusion(group: RunGroup) -> Confusion | None:
+    """How often each class was given (rows) and predicted (columns), all seeds together; None where it is not known."""
+    counts = [run.confusion for run in group.runs if run.confusion]
+    if not counts:
+        return None
+    return tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*counts, strict=True))
+
+
+def class_accuracies(group: RunGroup) -> list[float | None] | None:
+    """The share of each class's test images that are classified rightly; None for a class without an image."""
+    counts = confusion(group)
+    if counts is None:
+        return None
+    return [row[number] / sum(row) if sum(row) else None for number, row in enumerate(counts)]

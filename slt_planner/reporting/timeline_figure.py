@@ -11,20 +11,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from slt_planner.memory.profile import Category, MemoryProfile, TimelinePoint
-from slt_planner.reporting.figures import CATEGORY_COLOURS, INK, MUTED, PAPER, PART_COLOURS, WIDTH_IN, styled
+from slt_planner.reporting.figures import INK, MUTED, PAPER, WIDTH_IN, styled
+from slt_planner.reporting.looks import CATEGORY_COLOURS, PART_COLOURS, STACK
 from slt_planner.reporting.profile_view import fine_bytes, in_pieces, peak_place, profile_ruler, profile_title
-
-# In a picture over time what hardly changes lies at the bottom.
-_STACK: tuple[Category, ...] = (
-    "weights",
-    "buffers",
-    "optimizer",
-    "gradients",
-    "batch",
-    "activations",
-    "temporaries",
-    "workspace",
-)
 
 
 @styled
@@ -58,7 +47,7 @@ def _live(profile: MemoryProfile) -> dict[Category, np.ndarray]:
     """Live bytes of each category that there is, at the step's begin and after each change."""
     resident = profile.resident or {}
     live = {}
-    for category in _STACK:
+    for category in STACK:
         changes = [point.change_bytes if point.category == category else 0 for point in profile.timeline]
         live[category] = np.cumsum([resident.get(category, 0), *changes], dtype=float)
     return {category: sizes for category, sizes in live.items() if sizes.any()}

@@ -51,6 +51,15 @@ def short_scale(scale: float) -> str:
     return f"{percentage:.3g}" if percentage >= 1 else f"{percentage:.2f}"
 
 
+def brief_scale(scale: float) -> str:
+    """A head scale in whole percent, for a narrow place; what is not all is not 100 %, and what is there is not 0 %.
+
+    >>> brief_scale(11 / 64), brief_scale(1.0), brief_scale(3071 / 3072)
+    ('17%', '100%', '99.9%')
+    """
+    return f"{100 * scale:.0f}%" if scale == 1 or 0.01 <= scale < 0.995 else f"{short_scale(scale)}%"
+
+
 def reason_text(limited_by: str) -> str:
     """What set a head scale, in words."""
     return limited_by.replace("_", " ")
@@ -162,3 +171,13 @@ def megabytes(number: int) -> str:
     ('63.5', '2040')
     """
     return f"{number / 1e6:.1f}" if number < 999_950_000 else f"{number / 1e6:.0f}"
+
+
+def byte_unit(largest: float) -> tuple[str, float]:
+    """The unit for amounts up to the largest, and its bytes.
+
+    >>> byte_unit(54_273_664), byte_unit(1_200_000_000)
+    (('MB', 1000000.0), ('MB', 1000000.0))
+    """
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next(((unit, size) for unit, size in units if largest >= 1.5 * size), ("B", 1.0))

@@ -107,6 +107,7 @@ def unit_rows() -> tuple[UnitRow, ...]:
                 gradients_bytes=4 * count,
                 optimizer_bytes=4 * count,
                 forward_multiply_adds=9 * layer.channels_in * layer.channels * layer.side**2,
+                training_flops=6 * 9 * layer.channels_in * layer.channels * layer.side**2,
             )
         )
     return tuple(rows)
@@ -371,8 +372,25 @@ def sample_run(
         status="finished" if finished else "stopped",
         accuracy_batch_statistics=rows[-1].accuracy if finished else None,
         accuracy_running_statistics=rows[-1].accuracy - 0.0123 if finished else None,
+        confusion=confusion(round(1000 * rows[-1].accuracy)) if finished else None,
+        images_per_class=tuple(tuple(50 + (7 * client + 3 * own) % 11 for own in range(10)) for client in range(100)),
         environment=ENVIRONMENT,
     )
+
+
+def confusion(right: int) -> tuple[tuple[int, ...], ...]:
+    """Ten classes of 1,000 test images; about `right` of each are taken for their class, the rest for the next ones."""
+    rows = []
+    for given in range(10):
+        own = min(1000, right + 5 * given)
+        row = [0] * 10
+        row[given], row[(given + 1) % 10], row[(given + 2) % 10] = (
+            own,
+            (1000 - own) // 2,
+            1000 - own - (1000 - own) // 2,
+        )
+        rows.append(tuple(row))
+    return tuple(rows)
 
 
 def _row(number: int, rounds: int, seed: int, plan: Plan, head_scale: float | None) -> RoundRow:

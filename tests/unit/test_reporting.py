@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from matplotlib import rcParams
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console, RenderableType
 
@@ -22,7 +24,7 @@ from slt_planner.federated.result import RunResult
 from slt_planner.planning.plan import Plan, TierPlan
 from slt_planner.reporting import figures, html, run_groups, terminal, words
 from slt_planner.reporting.left_over import left_over
-from slt_planner.reporting.trade_off_figure import trade_off_caption, trade_off_figure
+from slt_planner.reporting.pages.page import rough
 from slt_planner.units import format_bytes
 from tests.unit.sample_records import also_predicted, as_predicted, on_devices, sample_plan, sample_run
 
@@ -42,7 +44,7 @@ NASTY = [
 
 
 class Page(HTMLParser):
-    """The tables of a page as rows of (text, data-value), its ids, tags and text."""
+    """The tables of a page as rows of (text, data-value), its charts by name, its ids, tags and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -51,7 +53,10 @@ class Page(HTMLParser):
         self.roles: list[str] = []
         self.tags: set[str] = set()
         self.attributes: set[str] = set()
-        self.text = self._table = ""
+        self.scripts: list[dict[str, str | None]] = []
+        self.charts: dict[str, dict[str, Any]] = {}
+        self.text = self._table = self._figure = ""
+        self._in_script = False
         self._cell: list[str] | None = None
         self.feed(text)
 
@@ -59,9 +64,14 @@ class Page(HTMLParser):
         fields = dict(attrs)
         self.tags.add(tag)
         self.attributes |= set(fields)
+        self._in_script = tag == "script"
+        if tag == "script":
+            self.scripts.append(fields)
         if fields.get("id"):
             self.ids.append(str(fields["id"]))
-        if tag == "svg":
+        if tag == "figure":
+            self._figure = str(fields["id"])
+        if fields.get("class") == "chart":
             self.roles.append(f"{fields.get('role')}:{fields.get('aria-label')}")
         if tag == "table":
             self._table = str(fields["id"])
@@ -72,11 +82,18 @@ class Page(HTMLParser):
             self._cell, self._value = [], fields.get("data-value")
 
     def handle_endtag(self, tag: str) -> None:
+        self._in_script = False
+        if tag == "figure":
+            self._figure = ""
         if tag in ("td", "th") and self._cell is not None:
             self.tables[self._table][-1].append(("".join(self._cell).strip(), self._value))
             self._cell = None
 
     def handle_data(self, data: str) -> None:
+        if self._in_script:
+            if self._figure:
+                self.charts[self._figure] = json.loads(data)
+            return
         self.text += data
         if self._cell is not None:
             self._cell.append(data)
@@ -168,7 +185,7 @@ def test_proofs_and_units_are_all_there(plan: Plan, plan_page: Page) -> None:
     for unit, row in zip(plan.full_network.units, plan_page.body("units"), strict=True):
         held = [unit.weights_bytes, unit.activations_bytes, unit.gradients_bytes, unit.optimizer_bytes]
         assert row[1][0] == unit.name
-        assert values(row) == [unit.index, unit.parameters, *held, unit.forward_multiply_adds]
+        assert values(row) == [unit.index, unit.parameters, *held, unit.forward_multiply_adds, unit.training_flops]
 
 
 def test_work_table_shows_what_a_client_sends(plan: Plan, plan_page: Page) -> None:
@@ -191,8 +208,8 @@ def test_estimates_are_those_of_the_formulas_for_500_samples(tmp_path: Path) -> 
         alone = strong.stages[number].train_flops_per_sample * 500 / 1e9
         expected = [number, train_s, link_s, train_s + link_s, 2.5 * train_s + 2.0 * link_s, alone]
         assert values(row) == pytest.approx(expected)
-        assert row[1][0] == f"{html.rough(train_s)} s"
-        assert row[4][0] == f"{html.rough(2.5 * train_s + 2.0 * link_s)} J"
+        assert row[1][0] == f"{rough(train_s)} s"
+        assert row[4][0] == f"{rough(2.5 * train_s + 2.0 * link_s)} J"
     heads, titles = page.tables["estimates"][:2]
     assert [title for title, _ in heads] == ["", "64MB", "256MB"], "nothing is known of the other tier's device"
     assert [title for title, _ in titles] == ["stage", "training", "transfer", "round", "energy", "training"]
@@ -213,9 +230,7 @@ def test_trade_off_table_shows_the_records_numbers(plan: Plan, plan_page: Page) 
         frontiers = [frontier.head_scales[number] for frontier in grid.frontiers]
         known = [scale for scale in frontiers if scale is not None]
         assert values(row) == [grid.freeze_depths[number], *grid.peak_bytes[number], *known]
-        assert [cell[0] == words.NOTHING for cell in row[-len(frontiers) :]] == [
-            scale is None for scale in frontiers
-        ]
+        assert [cell[0] == words.NOTHING for cell in row[-len(frontiers) :]] == [scale is None for scale in frontiers]
     assert len(plan_page.body("trade-off-data")) == len(grid.freeze_depths)
     assert any(None in frontier.head_scales for frontier in grid.frontiers)
 
@@ -229,12 +244,14 @@ def test_a_plan_without_a_trade_off_has_no_such_section(plan: Plan, tmp_path: Pa
 def test_an_unverified_plan_is_never_called_measured(plan: Plan, tmp_path: Path) -> None:
     foreseen = as_predicted(plan)
     page = plan_page_of(foreseen, tmp_path)
-    drawn = figures.svg_text(figures.plan_figure(foreseen), "a")
-    for text in (page.text, *page.roles, drawn, printed(terminal.plan_table(foreseen))):
+    drawn = texts_of(figures.plan_figure(foreseen))
+    charts = json.dumps(page.charts)
+    for text in (page.text, *page.roles, drawn, charts, printed(terminal.plan_table(foreseen))):
         assert "measured" not in text.lower()
-        assert "predicted" in text.lower() or "frozen" in text.lower()
+    for text in (page.text, drawn, charts, printed(terminal.plan_table(foreseen))):
+        assert "predicted" in text.lower()
     assert "Predicted: allocator ruler" in drawn
-    assert "Measured: allocator ruler" in figures.svg_text(figures.plan_figure(plan), "a")
+    assert "Measured: allocator ruler" in texts_of(figures.plan_figure(plan))
     stages = [own for tier in foreseen.feasible_tiers for own in tier.stages]
     shown = [values(row)[1] for n in range(3) for row in page.body(f"memory-{n}-data")]
     assert shown == [own.predicted_peak_bytes for own in stages]
@@ -312,8 +329,10 @@ def test_headlines_say_what_each_tier_can_do(plan: Plan, plan_page: Page) -> Non
 def test_pages_are_self_contained_and_accessible(fixture: str, request: pytest.FixtureRequest) -> None:
     page: Page = request.getfixturevalue(fixture)
     assert len(page.ids) == len(set(page.ids)), "ids of several drawings in one page must differ"
-    assert not page.tags & {"script", "link", "img", "iframe", "object", "image"}
+    assert not page.tags & {"link", "img", "iframe", "object", "image"}
     assert "src" not in page.attributes
+    assert [script for script in page.scripts if "type" not in script] == [{}], "one script of ours, the rest is data"
+    assert [script["id"] for script in page.scripts if script.get("type") == "text/plain"] == ["plotly"], "once a page"
     assert page.roles
     assert all(role.startswith("img:") and len(role) > 20 for role in page.roles)
 
@@ -332,22 +351,27 @@ def test_comparison_shows_the_records_numbers(runs: list[RunResult], run_page: P
     rows = {row[0][0]: row for row in run_page.body("comparison")}
     for run in runs:
         row = rows[run.title]
-        assert float(row[4][1] or 0) == run.mean_last_accuracy
-        assert row[4][0] == f"{100 * (run.mean_last_accuracy or 0):.1f} %"
+        assert float(row[3][1] or 0) == run.mean_last_accuracy
+        assert row[3][0] == f"{100 * (run.mean_last_accuracy or 0):.1f} %"
         assert row[5][1] == (None if run.status == "stopped" else str(run.accuracy_batch_statistics))
         assert row[6][1] == (None if run.status == "stopped" else str(run.accuracy_running_statistics))
         assert row[7] == (format_bytes(run.bytes_up), str(run.bytes_up))
     mean = rows["slt, 2 seeds: mean"]
     pair = [run.mean_last_accuracy or 0 for run in runs[:2]]
-    assert float(mean[1][1] or 0) == pytest.approx(sum(pair) / 2)
+    assert float(mean[3][1] or 0) == pytest.approx(sum(pair) / 2)
+    assert float(mean[4][1] or 0) == pytest.approx(abs(pair[0] - pair[1]) / math.sqrt(2)), "two values' deviation"
 
 
 def test_round_table_is_the_data_behind_the_chart(runs: list[RunResult], run_page: Page) -> None:
+    """Seeds of one strategy are together: the first group is the mean of two runs."""
     rows = run_page.body("accuracy-data")
     assert len(rows) == 60
     assert [cell[1] for cell in rows[-1][-2:]] == [None, None], "the stopped run has no round 60"
-    assert float(rows[9][1][1] or 0) == runs[0].rows[9].accuracy
-    assert int(rows[-1][2][1] or 0) == runs[0].bytes_up
+    pair = [run.rows[9].accuracy for run in runs[:2]]
+    assert float(rows[9][1][1] or 0) == pytest.approx(sum(pair) / 2)
+    assert float(rows[-1][2][1] or 0) == pytest.approx((runs[0].bytes_up + runs[1].bytes_up) / 2)
+    curve = next(trace for trace in run_page.charts["accuracy"]["data"] if trace["mode"] == "lines+markers")
+    assert curve["y"][9] == pytest.approx(100 * sum(pair) / 2)
 
 
 def test_peaks_and_stages_of_runs(runs: list[RunResult], run_page: Page) -> None:
@@ -385,7 +409,9 @@ def test_runs_of_one_name_are_told_apart() -> None:
 
 def test_only_seeds_of_the_same_run_are_averaged(plan: Plan) -> None:
     other = sample_plan((128, 256))
-    groups = run_groups.run_groups([sample_run(plan=plan), sample_run(plan=other, seed=1), sample_run(plan=plan, seed=2)])
+    groups = run_groups.run_groups(
+        [sample_run(plan=plan), sample_run(plan=other, seed=1), sample_run(plan=plan, seed=2)]
+    )
     assert [[run.settings.seed for run in group.runs] for group in groups] == [[0, 2], [1]]
 
 
@@ -402,9 +428,14 @@ def test_names_do_no_harm(name: str, tmp_path: Path) -> None:
     for file in ("plan.html", "run.html"):
         text = (tmp_path / file).read_text(encoding="utf-8")
         page = Page(text)
-        assert not page.tags & {"script", "img"}
+        assert not page.tags & {"img"}
         assert "onerror" not in page.attributes
-        assert not re.search(r"<(script|img)", text)
+        assert len(re.findall(r"<script", text)) == len(page.scripts) == text.count("</script>")
+        assert [script for script in page.scripts if "type" not in script] == [{}]
+        charts = json.dumps(page.charts)
+        assert "<script" not in charts
+        assert "<img" not in charts
+        assert "long" * 30 not in charts
         assert words.shorten(name, 24) in page.text
         assert len(page.ids) == len(set(page.ids))
     shown = printed(terminal.plan_table(plan)) + printed(terminal.run_table([run]))
@@ -414,9 +445,14 @@ def test_names_do_no_harm(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "drawn"), [("$x$", "$x$"), ("n" * 10_000, "nnn…")])
 def test_names_in_figures_are_short_and_no_mathematics(name: str, drawn: str) -> None:
-    drawing = figures.svg_text(figures.schedule_figure(with_tier_name(sample_plan((64, 256)), name)), "a")
+    drawing = texts_of(figures.plan_figure(with_tier_name(sample_plan((64, 256)), name)))
     assert drawn in drawing
     assert "n" * 41 not in drawing
+
+
+def texts_of(figure: Figure) -> str:
+    """The words in a picture, its legends' too."""
+    return "\n".join(text.get_text() for text in figure.findobj(Text))  # type: ignore[attr-defined]
 
 
 def test_a_command_that_is_no_text_is_written(tmp_path: Path) -> None:
@@ -444,7 +480,8 @@ def test_files_are_refused_before_any_is_written(tmp_path: Path, plan: Plan) -> 
 def test_a_picture_can_have_its_own_name(tmp_path: Path) -> None:
     run = sample_run(rounds=3)
     html.run_report([run], tmp_path / "report.html", picture=tmp_path / "accuracy.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "report.html"]
+    names = ["accuracy.png", "report.csv", "report.html", "report.md", "report.tex"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     with pytest.raises(InputError, match=r"accuracy\.png exists"):
         html.run_report([run], tmp_path / "new.html", picture=tmp_path / "accuracy.png")
 
@@ -479,77 +516,16 @@ def test_no_global_plotting_state_is_used() -> None:
 
 
 def test_many_tiers_and_a_far_budget_are_drawn() -> None:
-    plan = sample_plan((64, 80, 100, 128, 10**6))
-    figure = figures.plan_figure(plan)
+    figure = figures.plan_figure(sample_plan((64, 80, 100, 128, 10**6)))
     assert Image.open(io.BytesIO(figures.png_bytes(figure))).size[0] == 1600
-    written = figures.svg_text(figures.memory_figure(plan.tiers[-1], "measured"), "m")
-    assert "far above this picture" in written
+    assert "far above this picture" in texts_of(figure)
 
 
 def test_schedule_picture_covers_all_units_and_rounds(plan: Plan) -> None:
-    for axes, tier in zip(figures.schedule_figure(plan).axes, plan.feasible_tiers, strict=True):
+    schedules = figures.plan_figure(plan).axes[: len(plan.feasible_tiers)]
+    for axes, tier in zip(schedules, plan.feasible_tiers, strict=True):
         areas = [patch.get_width() * patch.get_height() for patch in axes.patches]  # type: ignore[attr-defined]
         assert sum(areas) == pytest.approx(100 * plan.model.depth), tier.name
-
-
-def test_frontiers_run_above_the_heads_that_fit_and_below_those_that_do_not(plan: Plan) -> None:
-    """A row is 1 high; lines that coincide are drawn up to a quarter of it apart."""
-    grid = plan.trade_off
-    assert grid is not None
-    (axes,) = trade_off_figure(plan, grid).axes
-    frontiers = [frontier for frontier in grid.frontiers if len(set(frontier.head_scales)) > 1]
-    drawn = [line for line in axes.lines if line.get_color() in figures.RUN_COLOURS]
-    for frontier, line, crosses in zip(frontiers, drawn[::2], drawn[1::2], strict=True):
-        heights = list(line.get_ydata())
-        for column, widest in enumerate(frontier.head_scales):
-            left, right = heights[2 * column : 2 * column + 2]
-            if widest is None:
-                assert math.isnan(left)
-                assert math.isnan(right)
-                continue
-            assert left == right
-            fitting = sum(scale <= widest for scale in grid.head_scales)
-            assert fitting - 0.25 <= left <= fitting + 1.25
-        assert [int(x) for x in crosses.get_xdata()] == [n for n, s in enumerate(frontier.head_scales) if s is None]
-    numbers = [text.get_text() for text in axes.texts]
-    assert [float(number) for number in numbers] == pytest.approx(
-        [peak / 1e6 for row in grid.peak_bytes for peak in row], rel=0.006
-    )
-
-
-def test_tiers_that_all_or_nothing_fits_are_named_and_have_no_line() -> None:
-    plan = sample_plan((64, 10**6), infeasible_mb=4, tier_names=("weak", "a" * 50))
-    grid = plan.trade_off
-    assert grid is not None
-    caption = trade_off_caption(plan, grid)
-    assert f"All of it fits {'a' * 23}…. None of it fits 4MB. The peaks are predicted, or measured" in caption
-    drawing = figures.svg_text(trade_off_figure(plan, grid), "t")
-    assert "weak: widest head in 64.0 MB" in drawing
-    assert "4MB: widest" not in drawing
-    assert "aaa" not in drawing
-    assert trade_off_caption(as_predicted(plan), grid).endswith("The peaks are predicted.")
-
-
-def test_numbers_of_a_trade_off_are_not_crossed_and_stay_in_their_cells(plan: Plan) -> None:
-    grid = plan.trade_off
-    assert grid is not None
-    (axes,) = trade_off_figure(plan, grid).axes
-    rows = len(grid.head_scales)
-    for index, text in enumerate(axes.texts):
-        column, row = divmod(index, rows)
-        x, y = text.get_position()
-        assert x == column + 0.5
-        assert row + 0.2 < y < row + 0.8
-        lines = [line.get_ydata()[2 * column] for line in axes.lines if len(line.get_ydata()) > len(grid.freeze_depths)]
-        assert all(math.isnan(height) or abs(height - y) > 0.15 for height in lines)
-
-
-def test_svgs_of_one_name_are_equal_and_of_two_names_share_no_id(plan: Plan) -> None:
-    first, again, other = (figures.svg_text(figures.schedule_figure(plan), name) for name in "aab")
-    assert first == again
-    ids = [set(re.findall(r'\sid="([^"]+)"', drawing)) for drawing in (first, other)]
-    assert not ids[0] & ids[1]
-    assert set(re.findall(r"url\(#([^)]+)\)", first)) <= ids[0]
 
 
 # The terminal

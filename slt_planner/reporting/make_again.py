@@ -1,0 +1,62 @@
+"""The command line that makes a plan again, from the plan's own record."""
+
+import shlex
+
+from slt_planner.config import StepSettings
+from slt_planner.errors import InputError
+from slt_planner.planning.levers import lever_sets
+from slt_planner.planning.plan import Plan
+from slt_planner.units import parse_bytes
+
+
+def plan_command(plan: Plan) -> str:
+    """What to type for the same plan, quoted for a shell; options that say nothing new are left out.
+
+    Where a record does not hold what was given (a module in memory, a file of tiers) a word in capitals stands for it.
+    """
+    step, plain = plan.step, StepSettings()
+    words = ["slt-plan", plan.model.name or "MODEL", *_tier_words(plan), "--batch-size", str(plan.batch_size)]
+    options: dict[str, tuple[object, object]] = {
+        "--optimizer": (step.optimizer.name, plain.optimizer.name),
+        "--weight-decay": (step.optimizer.weight_decay, plain.optimizer.weight_decay),
+        "--norms": (step.norms, plain.norms),
+        "--memory-format": (step.memory_format, plain.memory_format),
+        "--precision": (step.precision, plain.precision),
+        "--threads": (step.threads, None),
+        "--device": (step.device, plain.device),
+        "--policy": (plan.policy, "coupled"),
+        "--rounds-policy": (plan.rounds_policy, "parameters"),
+        "--levers": (_levers(plan), "none"),
+        "--granularity": (plan.model.granularity, "layer"),
+    }
+    words += [word for name, (own, usual) in options.items() if own != usual for word in (name, str(own))]
+    words += ["--input-shape", ",".join(map(str, plan.input_shape)), "--num-classes", str(plan.num_classes)]
+    flags = {
+        "--no-verify": not plan.verified,
+        "--no-trade-off": plan.trade_off is None,
+        "--what-if": bool(plan.what_if),
+    }
+    return shlex.join([*words, *(flag for flag, on in flags.items() if on)])
+
+
+def _tier_words(plan: Plan) -> list[str]:
+    names = [tier.name for tier in plan.tiers]
+    if all(_is_its_budget(tier.name, tier.budget_bytes) for tier in plan.tiers):
+        return ["--budgets", ",".join(names)]
+    return ["--tiers", "FILE.toml", "--select", ",".join(names)]
+
+
+def _is_its_budget(name: str, budget: int) -> bool:
+    try:
+        return parse_bytes(name) == budget
+    except InputError:
+        return False
+
+
+def _levers(plan: Plan) -> str:
+    """What was asked for with --levers."""
+    images = len(plan.input_shape) == 3
+    for asked in ("none", "auto", "exact"):
+        if lever_sets(asked, plan.spec, images) == plan.lever_sets:
+            return asked
+    return ",".join(plan.lever_sets[-1])

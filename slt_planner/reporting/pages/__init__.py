@@ -1,0 +1,1 @@
+"""Pages: each a template and what it is filled with."""
