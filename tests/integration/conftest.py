@@ -1,8 +1,10 @@
 """Running the commands as a user does, in an empty folder."""
 
 import io
+import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -58,3 +60,28 @@ def images(tmp_path):
     write_images(tmp_path / "images", "train", [i % 3 for i in range(64)])
     write_images(tmp_path / "images", "test", [i % 3 for i in range(18)])
     return tmp_path / "images"
+
+
+_CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+_CHROMIUM_ARGUMENTS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The system's Chromium, one for all tests."""
+    path = next((found for name in _CHROMIUM if (found := shutil.which(name))), "/usr/bin/chromium")
+    if not Path(path).exists():
+        pytest.skip("no Chromium on this machine; install the system package to run the browser tests")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=_CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()

@@ -119,8 +119,8 @@ def test_schedule_covers_all_units_and_rounds_of_each_tier(plan: Plan) -> None:
 def test_bars_add_up_to_the_peaks_measured_and_predicted(plan: Plan) -> None:
     for number, tier in enumerate(also_predicted(plan, 4096).feasible_tiers):
         traces = memory_chart(number, tier).traces
-        for hatched, off in ((False, 0), (True, 4096)):
-            bars = [trace for trace in traces if trace["type"] == "bar" and ("pattern" in trace["marker"]) == hatched]
+        for paler, off in ((False, 0), (True, 4096)):
+            bars = [trace for trace in traces if trace["type"] == "bar" and ("opacity" in trace["marker"]) == paler]
             heights = [sum(heights) for heights in zip(*(trace["y"] for trace in bars), strict=True)]
             assert [round(height * 1e6) for height in heights] == [stage.peak_bytes - off for stage in tier.stages]
         (budget,) = [trace for trace in traces if trace["type"] == "scatter"]
@@ -129,7 +129,7 @@ def test_bars_add_up_to_the_peaks_measured_and_predicted(plan: Plan) -> None:
 
 def test_a_plan_of_predictions_has_no_bars_of_measurements(plan: Plan) -> None:
     chart = memory_chart(0, as_predicted(plan).feasible_tiers[0])
-    assert not any("pattern" in trace.get("marker", {}) for trace in chart.traces)
+    assert not any("opacity" in trace.get("marker", {}) for trace in chart.traces)
     assert "predicted peak" in chart.caption
     assert "measured" not in json.dumps(chart.figure)
 

@@ -52,7 +52,7 @@ def memory_chart(number: int, tier: TierPlan) -> Chart:
     else:
         far = f"budget {budget}, far above this chart ↑"
         layout["annotations"] = [note(far, xref="paper", x=0, yref="paper", y=1, font={"color": MUTED})]
-    both = "; hatched: as predicted" if len(kinds) == 2 else ""
+    both = "; narrow and paler: as predicted" if len(kinds) == 2 else ""
     line_words = f"the dashed line is the budget, {budget}" if in_sight else f"the budget, {budget}, is far above"
     caption = f"{shorten(tier.name, 24)}: {kinds[0]} peak memory of each stage by category; {line_words}{both}"
     return Chart(f"memory-{number}", caption, 380, tuple(traces), layout)
@@ -75,15 +75,14 @@ def _category_bars(tier: TierPlan, kind: str, category: Category, size: float) -
 
 
 def _beside(trace: Trace, place: int, kinds: int) -> Trace:
-    """A bar in the middle of its stage; of two kinds, what was measured left of what was predicted, hatched."""
+    """A bar in the middle of its stage; of two kinds, what was measured left of what was predicted, which is paler."""
     numbers = range(len(trace["y"]))
     if kinds == 1:
         return trace | {"x": list(numbers), "width": 0.82}
     if place == 0:
         return trace | {"x": [number - 0.14 for number in numbers], "width": 0.52}
-    hatched = {"shape": "/", "size": 5, "solidity": 0.5, "fillmode": "replace"}
-    marker = trace["marker"] | {"pattern": hatched}
-    return trace | {"x": [number + 0.28 for number in numbers], "width": 0.26, "showlegend": False, "marker": marker}
+    paler = {"marker": trace["marker"] | {"opacity": 0.5}, "showlegend": False}
+    return trace | paler | {"x": [number + 0.28 for number in numbers], "width": 0.26}
 
 
 def unit_chart(profile: MemoryProfile, name: str = "unit-memory") -> Chart:

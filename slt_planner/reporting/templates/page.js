@@ -31,7 +31,7 @@
     drawn.add(chart);
     const { data, layout } = figureOf(chart);
     Plotly.newPlot(chart, data, layout, {
-      responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      responsive: true, displaylogo: false, typesetMath: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     });
     chart.dataset.drawn = "";
   }
@@ -66,7 +66,9 @@
   }
 
   async function start() {
-    const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (own) => own.charCodeAt(0));
+    const letters = atob(document.getElementById("plotly").textContent);
+    const packed = new Uint8Array(letters.length);
+    for (let place = 0; place < letters.length; place++) packed[place] = letters.charCodeAt(place);
     const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
     script.textContent = await new Response(unpacked).text();
