@@ -1,6 +1,7 @@
 """Runs or plans compared, as a table that goes into a paper: CSV, Markdown and LaTeX."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slt_planner.planning.plan import Plan
@@ -15,31 +16,75 @@ FORMATS: Mapping[str, str] = {"csv": "CSV", "md": "Markdown", "tex": "LaTeX"}
 """Suffixes of the files that a table is written to, and what they are called."""
 
 
+@dataclass(frozen=True)
+class Summary:
+    """A group of runs in one row; figures are means over its seeds, None where they are not known.
+
+    `accuracy` is the mean of a run's last five rounds, `spread` its sample standard deviation over the seeds (None:
+    fewer than two). `peak_bytes` is of the tier nearest to its budget, the highest of all seeds.
+    """
+
+    label: str
+    strategy: str
+    seeds: int
+    width: str
+    rounds: int
+    accuracy: float | None
+    spread: float | None
+    accuracy_batch_statistics: float | None
+    accuracy_running_statistics: float | None
+    bytes_up: float | None
+    bytes_down: float | None
+    peak_bytes: int | None
+    budget_bytes: int | None
+    round_s: float | None
+
+    @classmethod
+    def of(cls, group: RunGroup) -> "Summary":
+        """What a group of runs comes to."""
+        runs = group.runs
+        tiers = [tier for tier in map(tightest_tier, runs) if tier is not None]
+        nearest = max(tiers, key=lambda tier: (tier.measured_peak_bytes or 0) / tier.budget_bytes, default=None)
+        last = [run.mean_last_accuracy for run in runs]
+        return cls(
+            label=group.label,
+            strategy=runs[0].settings.strategy,
+            seeds=len(runs),
+            width=head_scales(runs[0]),
+            rounds=len(runs[0].rows),
+            accuracy=mean(last),
+            spread=spread(last),
+            accuracy_batch_statistics=mean([run.accuracy_batch_statistics for run in runs]),
+            accuracy_running_statistics=mean([run.accuracy_running_statistics for run in runs]),
+            bytes_up=mean([run.bytes_up for run in runs]),
+            bytes_down=mean([sum(row.bytes_down for row in run.rows) for run in runs]),
+            peak_bytes=nearest.measured_peak_bytes if nearest else None,
+            budget_bytes=nearest.budget_bytes if nearest else None,
+            round_s=mean([round_seconds(run) for run in runs]),
+        )
+
+
 def run_comparison(groups: Sequence[RunGroup]) -> "pd.DataFrame":
     """A row a group of runs; accuracies in percent, amounts in MB, spreads as sample standard deviations."""
     import pandas as pd
 
-    return pd.DataFrame([_run_row(group) for group in groups])
+    return pd.DataFrame([_run_row(Summary.of(group)) for group in groups])
 
 
-def _run_row(group: RunGroup) -> dict[str, object]:
-    runs = group.runs
-    tiers = [tier for tier in map(tightest_tier, runs) if tier is not None]
-    nearest = max(tiers, key=lambda tier: (tier.measured_peak_bytes or 0) / tier.budget_bytes, default=None)
-    last = [run.mean_last_accuracy for run in runs]
+def _run_row(own: Summary) -> dict[str, object]:
     return {
-        "strategy": runs[0].settings.strategy,
-        "seeds": len(runs),
-        "width": head_scales(runs[0]),
-        "rounds": len(runs[0].rows),
-        "accuracy (%)": _hundred(mean(last)),
-        "spread": _hundred(spread(last)),
-        "running statistics (%)": _hundred(mean([run.accuracy_running_statistics for run in runs])),
-        "up (MB)": _megabytes(mean([run.bytes_up for run in runs])),
-        "down (MB)": _megabytes(mean([sum(row.bytes_down for row in run.rows) for run in runs])),
-        "peak (MB)": _megabytes(nearest.measured_peak_bytes if nearest else None, 2),
-        "budget (MB)": _megabytes(nearest.budget_bytes if nearest else None, 2),
-        "s a round": _rounded(mean([round_seconds(run) for run in runs]), 1),
+        "strategy": own.strategy,
+        "seeds": own.seeds,
+        "width": own.width,
+        "rounds": own.rounds,
+        "accuracy (%)": _hundred(own.accuracy),
+        "spread": _hundred(own.spread),
+        "running statistics (%)": _hundred(own.accuracy_running_statistics),
+        "up (MB)": _megabytes(own.bytes_up),
+        "down (MB)": _megabytes(own.bytes_down),
+        "peak (MB)": _megabytes(own.peak_bytes, 2),
+        "budget (MB)": _megabytes(own.budget_bytes, 2),
+        "s a round": _rounded(own.round_s, 1),
     }
 
 

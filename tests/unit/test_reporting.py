@@ -347,19 +347,24 @@ def test_a_plan_without_freezing_says_that_there_is_nothing_to_prove(tmp_path: P
 # The runs' page
 
 
-def test_comparison_shows_the_records_numbers(runs: list[RunResult], run_page: Page) -> None:
-    rows = {row[0][0]: row for row in run_page.body("comparison")}
+def test_every_run_is_shown_with_its_records_numbers(runs: list[RunResult], run_page: Page) -> None:
+    rows = {row[0][0]: row for row in run_page.body("every-run")}
     for run in runs:
         row = rows[run.title]
         assert float(row[3][1] or 0) == run.mean_last_accuracy
         assert row[3][0] == f"{100 * (run.mean_last_accuracy or 0):.1f} %"
-        assert row[5][1] == (None if run.status == "stopped" else str(run.accuracy_batch_statistics))
-        assert row[6][1] == (None if run.status == "stopped" else str(run.accuracy_running_statistics))
-        assert row[7] == (format_bytes(run.bytes_up), str(run.bytes_up))
-    mean = rows["slt, 2 seeds: mean"]
+        assert row[4][1] == (None if run.status == "stopped" else str(run.accuracy_batch_statistics))
+        assert row[5][1] == (None if run.status == "stopped" else str(run.accuracy_running_statistics))
+        assert row[6] == (format_bytes(run.bytes_up), str(run.bytes_up))
+
+
+def test_comparison_is_of_means_over_seeds(runs: list[RunResult], run_page: Page) -> None:
+    row = {row[0][0]: row for row in run_page.body("comparison")}["slt, 2 seeds"]
     pair = [run.mean_last_accuracy or 0 for run in runs[:2]]
-    assert float(mean[3][1] or 0) == pytest.approx(sum(pair) / 2)
-    assert float(mean[4][1] or 0) == pytest.approx(abs(pair[0] - pair[1]) / math.sqrt(2)), "two values' deviation"
+    assert float(row[4][1] or 0) == pytest.approx(sum(pair) / 2)
+    assert float(row[5][1] or 0) == pytest.approx(abs(pair[0] - pair[1]) / math.sqrt(2)), "two values' deviation"
+    assert float(row[7][1] or 0) == pytest.approx((runs[0].bytes_up + runs[1].bytes_up) / 2)
+    assert len(run_page.body("comparison")) == 3
 
 
 def test_round_table_is_the_data_behind_the_chart(runs: list[RunResult], run_page: Page) -> None:

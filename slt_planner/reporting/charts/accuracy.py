@@ -30,26 +30,34 @@ def accuracy_charts(results: Sequence[RunResult], groups: Sequence[RunGroup]) ->
     totals = [curve.bytes_up[-1] for *_, curve in curves]
     wide_apart = bool(totals) and max(totals) > 8 * min(totals) > 0
     y_axis = axis(f"test {metric_title(results)} (%)", rangemode="tozero")
-    uploaded = axis(
-        "uploaded by all clients so far (MB)" + (", logarithmic" if wide_apart else ""),
-        type="log" if wide_apart else "linear",
-    )
+    uploaded = axis("uploaded by all clients so far (MB)")
+    if wide_apart:
+        uploaded = axis("uploaded by all clients so far (MB), logarithmic", type="log", **_log_ticks(curves))
+    height = 400 + 12 * len(groups)
     return (
         Chart(
             "accuracy",
             f"{what} over rounds{marks}{bands}",
-            420,
+            height,
             tuple(over_rounds),
             {"xaxis": axis("round", showgrid=False), "yaxis": y_axis},
         ),
         Chart(
             "accuracy-bytes",
             f"{what} over the bytes that all clients uploaded{marks}{bands}",
-            420,
+            height,
             tuple(over_bytes),
             {"xaxis": uploaded, "yaxis": y_axis},
         ),
     )
+
+
+def _log_ticks(curves: Sequence[tuple[RunGroup, Look, Curve]]) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 times powers of ten, between the smallest and the largest upload."""
+    sent = [curve.bytes_up[place] / 1e6 for *_, curve in curves for place in (0, -1)]
+    values = [digit * 10.0**power for power in range(-6, 10) for digit in (1, 2, 5)]
+    shown = [value for value in values if min(sent) <= value <= max(sent)]
+    return {"tickvals": shown, "ticktext": [f"{value:g}" for value in shown]}
 
 
 def _traces(group: RunGroup, look: Look, curve: Curve, across: list[Any]) -> list[Trace]:

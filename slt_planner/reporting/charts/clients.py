@@ -15,13 +15,12 @@ HEAT = [[0, "var(--heat-low)"], [1, "var(--heat-high)"]]
 
 
 def peak_chart(groups: Sequence[RunGroup]) -> Chart:
-    """A client's highest measured peak in each run and tier, in percent of the tier's budget."""
+    """A client's highest measured peak in each group's runs and tier, in percent of the tier's budget."""
     rows = [
-        (f"{label(name, 26)} · {label(tier.name, 14)}", tier.measured_peak_bytes, tier.budget_bytes, look)
+        (f"{label(group.label, 30)} · {label(tier.name, 14)}", max(peaks), tier.budget_bytes, look)
         for group, look in zip(groups, run_looks(groups), strict=True)
-        for name, run in group.members
-        for tier in run.tiers
-        if tier.measured_peak_bytes is not None
+        for place, tier in enumerate(group.runs[0].tiers)
+        if (peaks := [peak for run in group.runs if (peak := run.tiers[place].measured_peak_bytes) is not None])
     ]
     rows.reverse()  # the first at the top
     shares = [100 * peak / budget for _, peak, budget, _ in rows]

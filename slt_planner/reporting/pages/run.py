@@ -10,7 +10,7 @@ from slt_planner.federated.result import RunResult
 from slt_planner.reporting.charts.accuracy import accuracy_charts
 from slt_planner.reporting.charts.classes import class_chart, confusion_charts
 from slt_planner.reporting.charts.clients import peak_chart, split_charts
-from slt_planner.reporting.comparison import FORMATS
+from slt_planner.reporting.comparison import FORMATS, Summary
 from slt_planner.reporting.pages.page import flat, render, side_by_side
 from slt_planner.reporting.run_groups import (
     Curve,
@@ -19,12 +19,10 @@ from slt_planner.reporting.run_groups import (
     confusion,
     dataset_titles,
     head_scales,
-    mean,
     metric_title,
     round_seconds,
     run_groups,
     run_labels,
-    spread,
     stopped_sentence,
 )
 from slt_planner.reporting.words import model_title, ruler
@@ -65,6 +63,7 @@ def run_page(results: Sequence[RunResult], texts: Mapping[str, str], command: st
         "rulers": list(dict.fromkeys(ruler(run.plan) for run in results)),
         "runs": labelled,
         "groups": groups,
+        "summaries": [Summary.of(group) for group in groups],
         "stopped": [stopped_sentence(label, run) for label, run in labelled if run.status == "stopped"],
         "over_rounds": over_rounds,
         "over_bytes": over_bytes,
@@ -80,14 +79,18 @@ def run_page(results: Sequence[RunResult], texts: Mapping[str, str], command: st
             (group.label, counts) for group in groups if (counts := confusion(group)) and len(counts) <= _MOST_CLASSES
         ],
         "stages": [(label, _stages_of_run(run)) for label, run in labelled],
-        "settings": side_by_side([(label, flat(run.settings.model_dump())) for label, run in labelled]),
+        "settings": side_by_side([(group.label, _settings(group)) for group in groups]),
         "environment": side_by_side([(label, run.environment) for label, run in labelled]),
-        "mean": mean,
-        "spread": spread,
         "head_scales": head_scales,
         "round_seconds": round_seconds,
     }
     return render("run.html.j2", context)
+
+
+def _settings(group: RunGroup) -> dict[str, str]:
+    """What a group's runs were made from, with all their seeds."""
+    fields = flat(group.runs[0].settings.model_dump())
+    return fields | {"seed": ", ".join(str(run.settings.seed) for run in group.runs)}
 
 
 def _round_rows(groups: Sequence[RunGroup]) -> list[tuple[int, list[tuple[float, float] | None]]]:

@@ -8,7 +8,7 @@
 
   function themed(value, style) {
     if (typeof value === "string" && value.startsWith("var(")) return style.getPropertyValue(value.slice(4, -1)).trim();
-    if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map((own) => themed(own, style));
+    if (Array.isArray(value)) return typeof value.at(-1) === "number" ? value : value.map((own) => themed(own, style));
     if (value === null || typeof value !== "object") return value;
     return Object.fromEntries(Object.entries(value).map(([name, own]) => [name, themed(own, style)]));
   }
