@@ -212,26 +212,26 @@ def accuracy_figure(results: Sequence[RunResult]) -> Figure:
     uploads = [group.runs[0].bytes_up for group, _ in drawn]
     if uploads and max(uploads) > 8 * min(uploads) > 0:
         _make_logarithmic(over_bytes)
-    title = f"Test {metric_title(results)} on {shorten(dataset_titles(results), 70)}"
+    bands = "; bands: range over seeds" if any(len(group.runs) > 1 for group in every) else ""
+    title = f"Test {metric_title(results)} on {shorten(dataset_titles(results), 60)}{bands}"
     figure.suptitle(title, fontsize=14, fontweight="bold", x=0.012, ha="left")
     handles, labels = over_rounds.get_legend_handles_labels()
     if any(stage_changes(result) for result in results):
         handles.append(over_rounds.plot([], [], color=INK, linestyle="", marker="|", markersize=9)[0])
         labels.append("a stage begins")
     if handles:
-        short = [shorten(label, 30) for label in labels]
-        figure.legend(handles, short, loc="outside lower left", ncols=4, handlelength=2.4)
+        short = [shorten(label, 36) for label in labels]
+        figure.legend(handles, short, loc="outside lower left", ncols=3 if len(short) > 4 else 4, handlelength=3.4)
     return figure
 
 
 def _draw_group(over_rounds: Axes, over_bytes: Axes, group: RunGroup, look: Look) -> None:
     curve, changes = Curve.of(group), stage_changes(group.runs[0])
     several = len(group.runs) > 1
-    label = f"{group.label}: mean and range" if several else group.label
     style: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "linewidth": 1.8}
     marker: dict[str, Any] = {"marker": look.marker, "markersize": 5.5, "markevery": max(1, len(curve.rounds) // 6)}
     for axes, across in ((over_rounds, curve.rounds), (over_bytes, [sent / 1e6 for sent in curve.bytes_up])):
-        axes.plot(across, _percents(curve.mean), label=label, **style, **marker)
+        axes.plot(across, _percents(curve.mean), label=group.label, **style, **marker)
         if several:
             low, high = _percents(curve.low), _percents(curve.high)
             axes.fill_between(across, low, high, color=look.colour, alpha=0.16, linewidth=0)

@@ -30,9 +30,9 @@ def accuracy_charts(results: Sequence[RunResult], groups: Sequence[RunGroup]) ->
     totals = [curve.bytes_up[-1] for *_, curve in curves]
     wide_apart = bool(totals) and max(totals) > 8 * min(totals) > 0
     y_axis = axis(f"test {metric_title(results)} (%)", rangemode="tozero")
-    uploaded = axis("uploaded by all clients so far (MB)")
+    uploaded = axis("uploaded so far (MB)")
     if wide_apart:
-        uploaded = axis("uploaded by all clients so far (MB), logarithmic", type="log", **_log_ticks(curves))
+        uploaded = axis("uploaded so far (MB), logarithmic", type="log", **_log_ticks(curves))
     height = 400 + 12 * len(groups)
     return (
         Chart(

@@ -48,6 +48,7 @@ def peak_chart(groups: Sequence[RunGroup]) -> Chart:
         "xaxis": axis("measured peak in % of the budget", range=[0, max([105, *(1.05 * share for share in shares)])]),
         "yaxis": axis(showgrid=False, range=ends, tickvals=numbers, ticktext=[name for name, *_ in rows]),
         "showlegend": False,
+        "uniformtext": {"minsize": 9, "mode": "hide"},
     }
     caption = "A client's highest measured peak in percent of its tier's budget (dashed line), by run and tier"
     return Chart("peaks", caption, 84 + 34 * max(1, len(rows)), (trace, budget), layout)
@@ -79,6 +80,7 @@ def _split_chart(number: int, run: RunResult, by_client: Counts) -> Chart:
         "hoverinfo": "text",
         "colorscale": HEAT,
         "zmin": 0,
+        "zmax": max(map(max, by_client)),
         "colorbar": {"title": {"text": "images"}, "thickness": 12, "outlinewidth": 0, "tickfont": {"color": INK}},
         "xgap": 0.5 if clients <= 200 else 0,
         "ygap": 0.5 if len(by_class) <= 60 else 0,
