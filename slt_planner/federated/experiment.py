@@ -176,7 +176,7 @@ def judge(run: Run, state: ServerState, config: Config) -> dict[str, object]:
         model = extract(run.graph, weights, config, norms)
         counts, _ = confusion_and_loss(model, run.dataset, run.plan.step, seed + EVALUATION_STREAM)
         outcome[name] = quality(counts, run.graph.adapter.metric)
-        if norms == "static":
+        if norms == "static" and counts.numel() <= _MOST_COUNTS:
             outcome["confusion"] = tuple(map(tuple, counts.tolist()))
     return outcome
 
@@ -226,7 +226,8 @@ def _images_per_class(run: Run) -> tuple[tuple[int, ...], ...] | None:
     labels, classes = run.dataset.train_labels, run.dataset.num_classes
     if labels.ndim > 1 or len(run.images_of) * classes > _MOST_COUNTS:  # of pixels, or too many to be looked at
         return None
-    return tuple(tuple(labels[images].bincount(minlength=classes).tolist()) for images in run.images_of)
+    clients = range(len(run.images_of))
+    return tuple(tuple(labels[run.images_of[client]].bincount(minlength=classes).tolist()) for client in clients)
 
 
 def _with_rows(result: RunResult, rows: Sequence[RoundRow]) -> RunResult:

@@ -124,8 +124,8 @@ class RunResult(Record):
 
     `confusion` counts the test images (of masks: the pixels) of each given class (rows) by the class that the final
     network, with batch statistics, took them for (columns); `images_per_class` counts each client's (rows) training
-    images of each class. None where that is not known: `confusion` of stopped runs, `images_per_class` of masks and
-    where it has more than 100,000 numbers, and both in runs of older versions.
+    images of each class. None where that is not known: `confusion` of stopped runs,
+    `images_per_class` of masks, either where it has more than 100,000 numbers, and both in runs of older versions.
     """
 
     settings: RunSettings

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 SETTINGS, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 REPORT, PICTURE = "report.html", "accuracy.png"
 CHECKPOINT, TENSORBOARD, SPLIT = "checkpoint/state.safetensors", "tensorboard", "split.safetensors"
-_FILES = (SETTINGS, METRICS, WEIGHTS, REPORT, PICTURE, CHECKPOINT, SPLIT)
+_REPORTS = (REPORT, PICTURE, "report.csv", "report.md", "report.tex")
+_FILES = (SETTINGS, METRICS, WEIGHTS, *_REPORTS, CHECKPOINT, SPLIT)
 _SEVERAL = "*-seed*"
 
 
@@ -156,8 +157,8 @@ def clear_runs(path: Path) -> None:
         if folder != path and not any(folder.iterdir()):
             folder.rmdir()
     if runs:  # several runs have theirs beside them
-        _remove(path / REPORT)
-        _remove(path / PICTURE)
+        for name in _REPORTS:
+            _remove(path / name)
 
 
 def remove_events(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
+from slt_planner.federated.result import StrategyName
 from slt_planner.memory.profile import Category
 from slt_planner.planning.plan import TierStage
 from slt_planner.reporting.run_groups import RunGroup
@@ -60,7 +62,7 @@ LOOKS = (
 )
 """Colours after Okabe and Ito (2008), distinguishable with any colour vision, readable on light and on dark paper."""
 
-_STRATEGIES = ("slt", "small", "full", "federated-dropout", "fedrolex", "heterofl", "fjord", "fedolf")
+_STRATEGIES = get_args(StrategyName)
 
 
 def run_looks(groups: Sequence[RunGroup]) -> list[Look]:

@@ -122,10 +122,18 @@ def test_slt_train_runs_the_embedded_digits_without_any_option(command, plan, tm
         "accuracy.png",
         "config.json",
         "metrics.jsonl",
+        "report.csv",
         "report.html",
+        "report.md",
+        "report.tex",
         "tensorboard",
         "weights.safetensors",
     }
+    assert sum(map(sum, run.images_per_class)) == run.train_images
+    assert [sum(own) for own in run.images_per_class] == sorted(map(sum, run.images_per_class), reverse=True)
+    assert sum(map(sum, run.confusion)) == run.test_images
+    right = sum(row[number] for number, row in enumerate(run.confusion))
+    assert right / run.test_images == run.accuracy_batch_statistics
     assert f"{run.mean_last_accuracy:.1%}".replace("%", "") in done.out
 
 
@@ -212,7 +220,10 @@ def test_forcing_a_run_replaces_what_was_there_and_a_refused_one_keeps_it(comman
         "config.json",
         "metrics.jsonl",
         "notes.txt",
+        "report.csv",
         "report.html",
+        "report.md",
+        "report.tex",
         "tensorboard",
         "weights.safetensors",
     ]

@@ -2,12 +2,13 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 import plotly.graph_objects as go
 import pytest
 
 from slt_planner.config import StepSpec
+from slt_planner.federated.result import StrategyName
 from slt_planner.memory.profile import MemoryProfile, TimelinePoint
 from slt_planner.planning.levers import Alternative, TierAnswer, WhatIf
 from slt_planner.planning.plan import Plan
@@ -24,7 +25,7 @@ from slt_planner.reporting.looks import LOOKS, run_looks
 from slt_planner.reporting.run_groups import run_groups
 from tests.unit.sample_records import ENVIRONMENT, also_predicted, as_predicted, full_network, sample_plan, sample_run
 
-STRATEGIES = ("slt", "small", "full", "federated-dropout", "fedrolex", "heterofl", "fjord", "fedolf")
+STRATEGIES = get_args(StrategyName)
 
 
 @pytest.fixture(scope="module")
