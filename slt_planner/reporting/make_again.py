@@ -1,9 +1,11 @@
-"""The command line that makes a plan again, from the plan's own record."""
+"""The command lines that make a plan or runs again, from their own records."""
 
 import shlex
+from collections.abc import Sequence
 
 from slt_planner.config import StepSettings
 from slt_planner.errors import InputError
+from slt_planner.federated.result import RunResult
 from slt_planner.planning.levers import lever_sets
 from slt_planner.planning.plan import Plan
 from slt_planner.units import parse_bytes
@@ -37,6 +39,30 @@ def plan_command(plan: Plan) -> str:
         "--what-if": bool(plan.what_if),
     }
     return shlex.join([*words, *(flag for flag, on in flags.items() if on)])
+
+
+def run_commands(results: Sequence[RunResult]) -> list[str]:
+    """What to type for the same runs, quoted for a shell: a command for runs that differ in their strategy alone.
+
+    ``PLAN.json`` stands for the file of the plan, which a run does not know.
+    """
+
+    alike: dict[str, list[RunResult]] = {}
+    for run in results:
+        settings = run.settings.model_dump_json(exclude={"strategy"})
+        alike.setdefault(settings + run.plan.model_dump_json(), []).append(run)
+    return [_run_command(runs) for runs in alike.values()]
+
+
+def _run_command(runs: Sequence[RunResult]) -> str:
+    settings = runs[0].settings.model_dump()
+    strategies = ",".join(dict.fromkeys(run.settings.strategy for run in runs))
+    words = ["slt-train", "--plan", "PLAN.json", "--strategy", strategies]
+    for name, value in settings.items():
+        option = f"--{name.replace('_', '-')}"
+        if name != "strategy" and value is not None and value is not False:
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
 
 
 def _tier_words(plan: Plan) -> list[str]:

@@ -198,6 +198,14 @@ def test_units_are_sorted_by_a_title_and_searched(browser: Any, plan: Plan, repo
         assert len(column(page, "units", 1)) == len(units)
 
 
+def test_charts_offer_nothing_that_needs_the_network_and_are_no_stops_of_the_tab_key(pages: dict[str, Any]) -> None:
+    page = pages["plan"]
+    titles = page.locator("#schedule .modebar-btn").evaluate_all("all => all.map(own => own.dataset.title)")
+    stops = page.locator(".chart :is(button, a, [tabindex]):not([tabindex='-1'])").count()
+    assert titles == ["Download plot as a PNG", "Zoom", "Pan", "Reset axes"]
+    assert stops == 0
+
+
 def test_the_table_can_be_copied(browser: Any, reports: dict[str, Path]) -> None:
     with opened(browser, reports["runs"], permissions=["clipboard-read", "clipboard-write"]) as page:
         for name, suffix in (("CSV", "csv"), ("Markdown", "md"), ("LaTeX", "tex")):

@@ -12,7 +12,7 @@ import pytest
 from slt_planner.errors import InputError
 from slt_planner.planning.plan import Plan, load_plan
 from slt_planner.reporting.comparison import plan_comparison, plan_labels, run_comparison, table_texts
-from slt_planner.reporting.make_again import plan_command
+from slt_planner.reporting.make_again import plan_command, run_commands
 from slt_planner.reporting.report import report
 from slt_planner.reporting.run_groups import run_groups
 from tests.unit.sample_records import as_predicted, sample_plan, sample_run
@@ -116,3 +116,15 @@ def test_a_command_says_what_is_unusual_and_is_quoted(plan: Plan) -> None:
     assert words[-2:] == ["--no-verify", "--no-trade-off"]
     assert "--policy per-tier" in command
     assert "--norms" not in command
+
+
+def test_runs_that_differ_in_their_strategy_alone_are_one_command(plan: Plan) -> None:
+    runs = [sample_run(plan=plan, rounds=7), sample_run("small", plan=plan, rounds=7), sample_run(plan=plan, seed=3)]
+    assert run_commands(runs) == [
+        "slt-train --plan PLAN.json --strategy slt,small --dataset parquet:data/cifar10 --rounds 7 --clients 100 "
+        "--cohort-size 10 --local-epochs 1 --local-batch 128 --learning-rate 0.1 --final-learning-rate 0.01 "
+        "--partition iid --seed 0",
+        "slt-train --plan PLAN.json --strategy slt --dataset parquet:data/cifar10 --rounds 60 --clients 100 "
+        "--cohort-size 10 --local-epochs 1 --local-batch 128 --learning-rate 0.1 --final-learning-rate 0.01 "
+        "--partition iid --seed 3",
+    ]

@@ -11,6 +11,7 @@ from slt_planner.reporting.charts.accuracy import accuracy_charts
 from slt_planner.reporting.charts.classes import class_chart, confusion_charts
 from slt_planner.reporting.charts.clients import peak_chart, split_charts
 from slt_planner.reporting.comparison import FORMATS, Summary
+from slt_planner.reporting.make_again import run_commands
 from slt_planner.reporting.pages.page import flat, render, side_by_side
 from slt_planner.reporting.run_groups import (
     Curve,
@@ -60,6 +61,7 @@ def run_page(results: Sequence[RunResult], texts: Mapping[str, str], command: st
         "command": command,
         "data": data,
         "metric": metric_title(results),
+        "commands": run_commands(results),
         "rulers": list(dict.fromkeys(ruler(run.plan) for run in results)),
         "runs": labelled,
         "groups": groups,

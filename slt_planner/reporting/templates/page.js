@@ -31,9 +31,16 @@
     drawn.add(chart);
     const { data, layout } = figureOf(chart);
     Plotly.newPlot(chart, data, layout, {
-      responsive: true, displaylogo: false, typesetMath: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      responsive: true, displaylogo: false, typesetMath: false,
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // among the others is one that uploads
     });
+    chart.on("plotly_afterplot", () => withoutTabStops(chart));
+    withoutTabStops(chart);
     chart.dataset.drawn = "";
+  }
+
+  function withoutTabStops(chart) { // tools for a mouse; for a keyboard there are the tables
+    chart.querySelectorAll(".modebar-btn").forEach((button) => { button.tabIndex = -1; });
   }
 
   function redraw() {
