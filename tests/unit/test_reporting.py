@@ -1,5 +1,6 @@
 """Reports show the records' own numbers, escape what people typed, and are written whole or not at all."""
 
+import doctest
 import io
 import json
 import math
@@ -7,8 +8,10 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -595,6 +598,29 @@ def test_run_table_fits_80_columns(runs: list[RunResult]) -> None:
     assert all(f"{100 * (run.mean_last_accuracy or 0):.1f}" in text for run in runs)
     assert "slt-seed2 was stopped after round 20 of 60" in text
     assert "Test accuracy on CIFAR-10" in text
+    assert f" {100 * stdev([run.mean_last_accuracy or 0 for run in runs[:2]]):.1f} " in text
+
+
+def test_run_table_of_long_names_fits_80_columns() -> None:
+    plan = sample_plan((1600,), tier_names=("n" * 100,))
+    run = sample_run(plan=plan, rounds=6)
+    settings = run.settings.model_copy(update={"strategy": "federated-dropout"})
+    alike = [run.model_copy(update={"settings": settings.model_copy(update={"seed": seed})}) for seed in range(10)]
+    text = printed(terminal.run_table(alike))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert text.count("federated-dropout") == 10
+    assert "after 6 rounds" in text
+    stopped = sample_run(plan=plan, rounds=10**6, finished_rounds=6)
+    text = printed(terminal.run_table([*alike, stopped.model_copy(update={"settings": stopped.settings})]))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "6/1000000" in text
+
+
+@pytest.mark.parametrize("name", ["words", "run_groups", "charts.chart", "charts.memory", "pages.page"])
+def test_the_examples_in_the_documentation_hold(name: str) -> None:
+    result = doctest.testmod(import_module(f"slt_planner.reporting.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_terminal_text_has_no_colour_codes_where_nobody_wants_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
