@@ -100,6 +100,7 @@ def _stage_ticks(name: str, group: RunGroup, curve: Curve, across: list[Any]) ->
             "type": "scatter",
             "mode": "markers",
             "name": _TICKS,
+            "legendrank": 2000,
             "legendgroup": name,
             "x": [across[place] for place in changes],
             "y": [100 * curve.mean[place] for place in changes],

@@ -31,15 +31,16 @@ def trade_off_chart(plan: Plan, trade_off: TradeOff) -> Chart:
     layout = {
         "margin": {"l": 60, "r": 14, "t": 16, "b": 44},
         "xaxis": _category_axis("units frozen", list(map(str, trade_off.freeze_depths))),
-        "yaxis": _category_axis("head scale", list(map(scale_text, trade_off.head_scales))),
+        "yaxis": _category_axis("head scale", list(map(scale_text, trade_off.head_scales)), room=0.15),
     }
     height = 150 + 40 * len(trade_off.head_scales)
     return Chart("trade-off", trade_off_caption(plan, trade_off), height, tuple(traces), layout)
 
 
-def _category_axis(title: str, names: list[str]) -> dict[str, Any]:
+def _category_axis(title: str, names: list[str], room: float = 0) -> dict[str, Any]:
+    """An axis with a name for each cell; `room` beyond the last one, in cells, is for a line along its edge."""
     places = [number + 0.5 for number in range(len(names))]
-    return axis(title, range=[0, len(names)], tickvals=places, ticktext=names, showgrid=False, showline=False)
+    return axis(title, range=[0, len(names) + room], tickvals=places, ticktext=names, showgrid=False, showline=False)
 
 
 def _map(trade_off: TradeOff) -> Trace:
