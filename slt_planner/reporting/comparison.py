@@ -20,8 +20,8 @@ FORMATS: Mapping[str, str] = {"csv": "CSV", "md": "Markdown", "tex": "LaTeX"}
 class Summary:
     """A group of runs in one row; figures are means over its seeds, None where they are not known.
 
-    `accuracy` is the mean of a run's last five rounds, `spread` its sample standard deviation over the seeds (None:
-    fewer than two). `peak_bytes` is of the tier nearest to its budget, the highest of all seeds.
+    `accuracy` is the mean of the last five rounds of a run that were evaluated, `spread` its sample standard deviation
+    over the seeds (None: fewer than two). `peak_bytes` is of the tier nearest to its budget, the highest of all seeds.
     """
 
     label: str
@@ -29,6 +29,7 @@ class Summary:
     seeds: int
     width: str
     rounds: int
+    judged_rounds: int
     accuracy: float | None
     spread: float | None
     accuracy_batch_statistics: float | None
@@ -52,6 +53,7 @@ class Summary:
             seeds=len(runs),
             width=head_scales(runs[0]),
             rounds=len(runs[0].rows),
+            judged_rounds=sum(row.accuracy is not None for row in runs[0].rows),
             accuracy=mean(last),
             spread=spread(last),
             accuracy_batch_statistics=mean([run.accuracy_batch_statistics for run in runs]),

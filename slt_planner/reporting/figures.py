@@ -17,7 +17,7 @@ from slt_planner.federated.result import RunResult
 from slt_planner.memory.profile import CATEGORIES
 from slt_planner.planning.plan import Plan, TierPlan
 from slt_planner.reporting.looks import CATEGORY_COLOURS, LOOKS, PART_COLOURS, Look, run_looks, stage_parts, tint
-from slt_planner.reporting.run_groups import Curve, RunGroup, dataset_titles, metric_title, run_groups, stage_changes
+from slt_planner.reporting.run_groups import Curve, RunGroup, dataset_titles, metric_title, run_groups
 from slt_planner.reporting.words import brief_scale, byte_unit, count, how_known, model_title, ruler, shorten
 from slt_planner.units import format_bytes
 
@@ -201,22 +201,23 @@ def accuracy_figure(results: Sequence[RunResult]) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, 4.6), layout="constrained")
     over_rounds, over_bytes = figure.subplots(1, 2, sharey=True)
     every = run_groups(results)
-    drawn = [(group, look) for group, look in zip(every, run_looks(every), strict=True) if group.runs[0].rows]
-    for group, look in drawn:
-        _draw_group(over_rounds, over_bytes, group, look)
-    if not any(result.rows for result in results):
-        over_rounds.text(0.5, 0.5, "no round was finished", transform=over_rounds.transAxes, ha="center", color=MUTED)
+    drawn = [(group, look, Curve.of(group)) for group, look in zip(every, run_looks(every), strict=True)]
+    drawn = [(group, look, curve) for group, look, curve in drawn if curve.rows]
+    for group, look, curve in drawn:
+        _draw_group((over_rounds, over_bytes), group, look, curve)
+    if not drawn:
+        over_rounds.text(0.5, 0.5, "no round was evaluated", transform=over_rounds.transAxes, ha="center", color=MUTED)
     over_rounds.set(xlabel="round", ylabel=f"test {metric_title(results)} (%)")
     over_rounds.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     over_bytes.set(xlabel="uploaded by all clients so far (MB)")
-    uploads = [group.runs[0].bytes_up for group, _ in drawn]
+    uploads = [curve.bytes_up[-1] for *_, curve in drawn]
     if uploads and max(uploads) > 8 * min(uploads) > 0:
         _make_logarithmic(over_bytes)
     bands = "; bands: range over seeds" if any(len(group.runs) > 1 for group in every) else ""
     title = f"Test {metric_title(results)} on {shorten(dataset_titles(results), 60)}{bands}"
     figure.suptitle(title, fontsize=14, fontweight="bold", x=0.012, ha="left")
     handles, labels = over_rounds.get_legend_handles_labels()
-    if any(stage_changes(result) for result in results):
+    if any(curve.stage_begins for *_, curve in drawn):
         handles.append(over_rounds.plot([], [], color=INK, linestyle="", marker="|", markersize=9)[0])
         labels.append("a stage begins")
     if handles:
@@ -225,17 +226,21 @@ def accuracy_figure(results: Sequence[RunResult]) -> Figure:
     return figure
 
 
-def _draw_group(over_rounds: Axes, over_bytes: Axes, group: RunGroup, look: Look) -> None:
-    curve, changes = Curve.of(group), stage_changes(group.runs[0])
+def _draw_group(panels: tuple[Axes, Axes], group: RunGroup, look: Look, curve: Curve) -> None:
+    """A group's line over rounds, and over uploaded bytes."""
     several = len(group.runs) > 1
     style: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "linewidth": 1.8}
     marker: dict[str, Any] = {"marker": look.marker, "markersize": 5.5, "markevery": max(1, len(curve.rounds) // 6)}
-    for axes, across in ((over_rounds, curve.rounds), (over_bytes, [sent / 1e6 for sent in curve.bytes_up])):
+    places: tuple[Sequence[float], Sequence[float]] = (curve.rounds, [sent / 1e6 for sent in curve.bytes_up])
+    for axes, across in zip(panels, places, strict=True):
         axes.plot(across, _percents(curve.mean), label=group.label, **style, **marker)
         if several:
             low, high = _percents(curve.low), _percents(curve.high)
             axes.fill_between(across, low, high, color=look.colour, alpha=0.16, linewidth=0)
-        begins = [across[place] for place in changes], [100 * curve.mean[place] for place in changes]
+        begins = (
+            [across[place] for place in curve.stage_begins],
+            [100 * curve.mean[place] for place in curve.stage_begins],
+        )
         axes.plot(*begins, color=INK, linestyle="", marker="|", markersize=9, markeredgewidth=0.9)
 
 

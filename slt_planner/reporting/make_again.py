@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from slt_planner.config import StepSettings
 from slt_planner.errors import InputError
-from slt_planner.federated.result import RunResult
+from slt_planner.federated.result import RunResult, RunSettings
 from slt_planner.planning.levers import lever_sets
 from slt_planner.planning.plan import Plan
 from slt_planner.units import parse_bytes
@@ -44,9 +44,8 @@ def plan_command(plan: Plan) -> str:
 def run_commands(results: Sequence[RunResult]) -> list[str]:
     """What to type for the same runs, quoted for a shell: a command for runs that differ in their strategy alone.
 
-    ``PLAN.json`` stands for the file of the plan, which a run does not know.
+    Options that say nothing new are left out; ``PLAN.json`` stands for the plan's file, which a run does not know.
     """
-
     alike: dict[str, list[RunResult]] = {}
     for run in results:
         settings = run.settings.model_dump_json(exclude={"strategy"})
@@ -60,7 +59,7 @@ def _run_command(runs: Sequence[RunResult]) -> str:
     words = ["slt-train", "--plan", "PLAN.json", "--strategy", strategies]
     for name, value in settings.items():
         option = f"--{name.replace('_', '-')}"
-        if name != "strategy" and value is not None and value is not False:
+        if name != "strategy" and value != RunSettings.model_fields[name].default:
             words += [option] if value is True else [option, str(value)]
     return shlex.join(words)
 

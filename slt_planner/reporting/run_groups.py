@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import stdev
 
-from slt_planner.federated.result import RunResult, RunTier
+from slt_planner.federated.result import RoundRow, RunResult, RunTier
 from slt_planner.reporting.words import scale_text, shorten
 
 Confusion = tuple[tuple[int, ...], ...]
@@ -26,12 +26,12 @@ class RunGroup:
 
 @dataclass(frozen=True)
 class Curve:
-    """A group's accuracy, a value a round: the mean over its seeds, the lowest and the highest.
+    """A group's accuracy, a value a round that was evaluated: the mean over its seeds, the lowest and the highest.
 
-    `bytes_up` are those uploaded so far, the mean over the seeds.
+    `bytes_up` are those uploaded so far, the mean over the seeds; `rows` those of the first seed.
     """
 
-    rounds: list[int]
+    rows: list[RoundRow]
     mean: list[float]
     low: list[float]
     high: list[float]
@@ -39,16 +39,29 @@ class Curve:
 
     @classmethod
     def of(cls, group: RunGroup) -> "Curve":
-        """A group's runs have equally many rounds."""
-        by_round = list(zip(*([row.accuracy for row in run.rows] for run in group.runs), strict=True))
-        uploads = zip(*(accumulate(row.bytes_up for row in run.rows) for run in group.runs), strict=True)
+        """A group's runs have equally many rounds, and the same ones were evaluated."""
+        first, *others = group.runs
+        judged = [place for place, row in enumerate(first.rows) if row.accuracy is not None]
+        by_round = [[run.rows[place].accuracy or 0.0 for run in (first, *others)] for place in judged]
+        uploads = list(zip(*(accumulate(row.bytes_up for row in run.rows) for run in group.runs), strict=True))
         return cls(
-            rounds=[row.round for row in group.runs[0].rows],
+            rows=[first.rows[place] for place in judged],
             mean=[sum(values) / len(values) for values in by_round],
             low=[min(values) for values in by_round],
             high=[max(values) for values in by_round],
-            bytes_up=[sum(values) / len(values) for values in uploads],
+            bytes_up=[sum(uploads[place]) / len(uploads[place]) for place in judged],
         )
+
+    @property
+    def rounds(self) -> list[int]:
+        """The numbers of the rounds that were evaluated."""
+        return [row.round for row in self.rows]
+
+    @property
+    def stage_begins(self) -> list[int]:
+        """Which of the evaluated rounds are the first of a stage other than the first one."""
+        stages = [row.stage for row in self.rows]
+        return [place for place in range(1, len(stages)) if stages[place] != stages[place - 1]]
 
 
 def run_labels(results: Sequence[RunResult]) -> list[str]:
@@ -133,12 +146,6 @@ def stopped_sentence(label: str, result: RunResult) -> str:
 def dataset_titles(results: Sequence[RunResult]) -> str:
     """The data that accuracies were measured on."""
     return "; ".join(dict.fromkeys(shorten(result.dataset_title, 80) for result in results))
-
-
-def stage_changes(result: RunResult) -> list[int]:
-    """Which rows are the first of a stage other than the first one."""
-    stages = [row.stage for row in result.rows]
-    return [index for index in range(1, len(stages)) if stages[index] != stages[index - 1]]
 
 
 def spread(numbers: Sequence[float | None]) -> float | None:

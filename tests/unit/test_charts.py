@@ -21,6 +21,7 @@ from slt_planner.reporting.charts.plans import plans_charts
 from slt_planner.reporting.charts.schedule import schedule_chart
 from slt_planner.reporting.charts.timeline import timeline_chart
 from slt_planner.reporting.charts.trade_off import trade_off_caption, trade_off_chart
+from slt_planner.reporting.figures import accuracy_figure, png_bytes
 from slt_planner.reporting.looks import LOOKS, run_looks
 from slt_planner.reporting.run_groups import run_groups
 from tests.unit.sample_records import ENVIRONMENT, also_predicted, as_predicted, full_network, sample_plan, sample_run
@@ -250,6 +251,20 @@ def test_stages_are_marked_where_they_begin(plan: Plan) -> None:
     (ticks,) = [trace for trace in over_rounds.traces if trace["name"] == "a stage begins"]
     stages = [row.stage for row in run.rows]
     assert ticks["x"] == [run.rows[n].round for n in range(1, 60) if stages[n] != stages[n - 1]]
+
+
+def test_rounds_without_evaluation_are_left_out(plan: Plan) -> None:
+    run = sample_run(plan=plan)
+    rows = [row if row.round % 5 == 0 else row.model_copy(update={"accuracy": None, "loss": None}) for row in run.rows]
+    sparse = run.model_copy(update={"rows": tuple(rows)})
+    groups = run_groups([sparse, sample_run("small", plan=plan).model_copy(update={"rows": tuple(rows[:4])})])
+    over_rounds, over_bytes = accuracy_charts([sparse], groups)
+    line, ticks = over_rounds.traces
+    assert line["x"] == list(range(5, 61, 5))
+    assert line["y"] == [100 * (row.accuracy or 0) for row in rows[4::5]]
+    assert over_bytes.traces[0]["x"][0] == pytest.approx(sum(row.bytes_up for row in rows[:5]) / 1e6)
+    assert set(ticks["x"]) <= set(line["x"])
+    assert png_bytes(accuracy_figure([sparse]))
 
 
 def test_uploads_far_apart_are_drawn_logarithmically(plan: Plan) -> None:

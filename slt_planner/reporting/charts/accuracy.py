@@ -6,7 +6,7 @@ from typing import Any
 from slt_planner.federated.result import RunResult
 from slt_planner.reporting.charts.chart import MUTED, Chart, Trace, axis, label, line
 from slt_planner.reporting.looks import Look, run_looks
-from slt_planner.reporting.run_groups import Curve, RunGroup, dataset_titles, metric_title, stage_changes
+from slt_planner.reporting.run_groups import Curve, RunGroup, dataset_titles, metric_title
 from slt_planner.reporting.words import percent
 from slt_planner.units import format_bytes
 
@@ -17,10 +17,10 @@ _TICKS = "a stage begins"
 def accuracy_charts(results: Sequence[RunResult], groups: Sequence[RunGroup]) -> tuple[Chart, Chart]:
     """Over rounds, and over uploaded bytes; runs that differ in their seed alone are a mean and a range."""
     what = f"Test {metric_title(results)} on {dataset_titles(results)}"
-    marks = "; a tick marks where a stage begins" if any(stage_changes(run) for run in results) else ""
     bands = "; a band is the range over seeds" if any(len(group.runs) > 1 for group in groups) else ""
-    drawn = [pair for pair in zip(groups, run_looks(groups), strict=True) if pair[0].runs[0].rows]
-    curves = [(group, look, Curve.of(group)) for group, look in drawn]
+    drawn = [(group, look, Curve.of(group)) for group, look in zip(groups, run_looks(groups), strict=True)]
+    curves = [(group, look, curve) for group, look, curve in drawn if curve.rows]
+    marks = "; a tick marks where a stage begins" if any(curve.stage_begins for *_, curve in curves) else ""
     over_rounds, over_bytes = list[Trace](), list[Trace]()
     for group, look, curve in curves:
         over_rounds += _traces(group, look, curve, list(curve.rounds))
@@ -66,7 +66,7 @@ def _traces(group: RunGroup, look: Look, curve: Curve, across: list[Any]) -> lis
     marker = {"color": look.colour, "symbol": look.symbol, "size": 8, "maxdisplayed": _MARKERS}
     own = {"legendgroup": name, "hovertext": _words(name, group, curve)}
     middle = line(name, across, _percents(curve.mean), style, marker=marker, **own) | {"mode": "lines+markers"}
-    return [*_band(name, look, curve, across, len(group.runs) > 1), middle, *_stage_ticks(name, group, curve, across)]
+    return [*_band(name, look, curve, across, len(group.runs) > 1), middle, *_stage_ticks(name, curve, across)]
 
 
 def _band(name: str, look: Look, curve: Curve, across: list[Any], several: bool) -> list[Trace]:
@@ -80,21 +80,19 @@ def _band(name: str, look: Look, curve: Curve, across: list[Any], several: bool)
 
 def _words(name: str, group: RunGroup, curve: Curve) -> list[str]:
     words = []
-    for place, number in enumerate(curve.rounds):
-        row = group.runs[0].rows[place]
+    for place, row in enumerate(curve.rows):
         spread = f" ({percent(curve.low[place])} to {percent(curve.high[place])})" if len(group.runs) > 1 else ""
         words.append(
-            f"<b>{name}</b>, round {number}, stage {row.stage}<br>{percent(curve.mean[place])}{spread}"
+            f"<b>{name}</b>, round {row.round}, stage {row.stage}<br>{percent(curve.mean[place])}{spread}"
             f", {format_bytes(round(curve.bytes_up[place]))} uploaded"
         )
     return words
 
 
-def _stage_ticks(name: str, group: RunGroup, curve: Curve, across: list[Any]) -> list[Trace]:
-    changes = stage_changes(group.runs[0])
-    if not changes:
+def _stage_ticks(name: str, curve: Curve, across: list[Any]) -> list[Trace]:
+    begins, rows = curve.stage_begins, curve.rows
+    if not begins:
         return []
-    rows = group.runs[0].rows
     return [
         {
             "type": "scatter",
@@ -102,11 +100,11 @@ def _stage_ticks(name: str, group: RunGroup, curve: Curve, across: list[Any]) ->
             "name": _TICKS,
             "legendrank": 2000,
             "legendgroup": name,
-            "x": [across[place] for place in changes],
-            "y": [100 * curve.mean[place] for place in changes],
+            "x": [across[place] for place in begins],
+            "y": [100 * curve.mean[place] for place in begins],
             "marker": {"symbol": "line-ns", "size": 15, "line": {"color": MUTED, "width": 1.6}},
             "hovertext": [
-                f"<b>{name}</b>: stage {rows[place].stage} begins<br>{rows[place].config}" for place in changes
+                f"<b>{name}</b>: stage {rows[place].stage} begins<br>{rows[place].config}" for place in begins
             ],
             "hoverinfo": "text",
         }

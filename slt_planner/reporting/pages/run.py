@@ -33,13 +33,13 @@ _MOST_CLASSES = 30  # a table of a confusion matrix is for people; a larger one 
 
 @dataclass(frozen=True)
 class StageOfRun:
-    """The rounds that a run spent in one stage; `accuracy` is that of the last of them."""
+    """The rounds that a run spent in one stage; accuracy and loss are of the last of them that was evaluated."""
 
     stage: int
     first_round: int
     last_round: int
     config: Config
-    accuracy: float
+    accuracy: float | None
     loss: float | None
     bytes_up: int
     refused: int
@@ -118,14 +118,15 @@ def _stages_of_run(run: RunResult) -> list[StageOfRun]:
     stages = []
     for number, group in groupby(run.rows, key=lambda row: row.stage):
         rows = list(group)
+        judged = next((row for row in reversed(rows) if row.accuracy is not None), rows[-1])
         stages.append(
             StageOfRun(
                 stage=number,
                 first_round=rows[0].round,
                 last_round=rows[-1].round,
                 config=rows[-1].config,
-                accuracy=rows[-1].accuracy,
-                loss=rows[-1].loss,
+                accuracy=judged.accuracy,
+                loss=judged.loss,
                 bytes_up=sum(row.bytes_up for row in rows),
                 refused=sum(row.refused for row in rows),
                 seconds=sum(row.seconds for row in rows),
