@@ -75,11 +75,15 @@ def _is_worth_it(nodes: Sequence[fx.Node], given: Sequence[fx.Node], module: nn.
 
 
 def _places(nodes: Sequence[fx.Node], first: int, module: nn.Module) -> Iterator[int]:
-    """Before each layer with weights but the first of those trained: the last place that one tensor alone passes."""
+    """Before each layer with weights but the first of those trained: the last place that one tensor alone passes.
+
+    Not between a wide tensor and its copied cut: its gradient, as wide, would be there while what comes before runs
+    again; nor between a call that gives several tensors and those.
+    """
     alive = _tensors_alive(nodes)
     place, weights = None, False
     for i in range(first, len(nodes)):
-        if i > first and alive[i] == 1 and nodes[i].target is not operator.getitem:
+        if i > first and alive[i] == 1 and nodes[i].target not in (operator.getitem, lean.with_cut):
             place = i
         if _bears_weights(nodes[i], module):
             if weights and place is not None:

@@ -647,9 +647,8 @@ def test_the_first_pieces_are_the_first_to_be_recomputed(name):
 
 
 def test_a_larger_amount_needs_less_until_what_is_left_saves_nothing():
-    """Beside a narrow head, in which the trained layer's piece and the one after it save most."""
     _, graph = network("resnet20")
-    config = config_of(2, 3, graph.head_scales(3)[6])
+    config = config_of(9, 10, 0.625)
     peaks = []
     for amount in ((), ("recompute:1",), ("recompute:2",), ("recompute:4",), ("recompute",)):
         spec = StepSpec(batch_size=32, levers=(*LEVERS[:3], *amount))
