@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from slt_planner.federated.experiment import begin_run, continue_run
-from slt_planner.federated.run_folder import METRICS, SETTINGS
+from slt_planner.federated.run_folder import METRICS, SETTINGS, SPLIT
 from slt_planner.planning.plan import load_plan
 from tests.unit import tiny_runs
 
@@ -28,8 +28,11 @@ import_module("torch.utils.tensorboard")  # once, not in every child
 CHANGES = {"rounds": 9, "checkpoint_every": 2, "client_dropout": 0.1, "rounds_policy": "plateau"}
 
 
-def in_child(work: Callable[[], object], killed_after_s: float | None = None) -> int:
-    """Do it in a forked process, killed after some seconds; the signal that ended it, or 0."""
+def in_child(work: Callable[[], object], begun: Path | None = None, killed_after_s: float = 0) -> int:
+    """Do it in a forked process; the signal that ended it, or 0.
+
+    With `begun` it is killed some seconds after that file is there.
+    """
     child = os.fork()
     if child == 0:
         code = 1
@@ -40,13 +43,20 @@ def in_child(work: Callable[[], object], killed_after_s: float | None = None) ->
             traceback.print_exc()
         finally:
             os._exit(code)
-    if killed_after_s is not None:
+    if begun is not None:
+        wait_for(begun)
         time.sleep(killed_after_s)
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         sys.exit("a run failed")
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def wait_for(file: Path) -> None:
+    """Until a file is there."""
+    while not file.exists():
+        time.sleep(0.001)
 
 
 def kill_at_rename(number: int, before: bool) -> None:
@@ -78,13 +88,12 @@ def main(folder: Path, seed: int, moments: int) -> None:
     # All work is done in children: torch does not train in a process that was forked from one that did.
     plan, whole, chance = folder / "plan.json", folder / "whole", random.Random(seed)
     in_child(lambda: tiny_runs.scheduled_plan().save(plan))
-    began = time.perf_counter()
     in_child(partial(go, plan, whole))
-    duration = time.perf_counter() - began
+    duration = (whole / SETTINGS).stat().st_mtime - (whole / SPLIT).stat().st_mtime  # of its rounds
     killed = [folder / f"killed-{number}" for number in range(moments)]
     for number, path in enumerate(killed):
         if number % 2:
-            ended = in_child(partial(go, plan, path), chance.uniform(0, duration))
+            ended = in_child(partial(go, plan, path), path / SETTINGS, chance.uniform(0, duration))
         else:
             ended = in_child(partial(go, plan, path, (chance.randint(1, 10), chance.random() < 0.5)))
         metrics = path / METRICS
