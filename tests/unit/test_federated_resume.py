@@ -64,7 +64,7 @@ def assert_logged_once(folder):
 
 @pytest.mark.parametrize("moments", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path, moments):
-    words = [sys.executable, "-m", "tests.killed_runs", str(tmp_path), "1", str(moments)]
+    words = [sys.executable, "-m", "tests.killed_runs", str(tmp_path), "7", str(moments)]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for number in range(moments):
