@@ -4,7 +4,7 @@ import webbrowser
 
 import pytest
 
-from slt_planner.federated.run_folder import RunFolder
+from slt_planner.federated.run_folder import METRICS, SETTINGS
 from tests.unit.sample_records import sample_plan, sample_run
 
 
@@ -14,10 +14,9 @@ def plan():
 
 
 def save_run(run, folder):
-    saved = RunFolder(folder)
-    for row in run.rows:
-        saved.append(row)
-    saved.write_settings(run)
+    folder.mkdir(parents=True)
+    (folder / SETTINGS).write_text(run.model_dump_json(exclude={"rows"}))
+    (folder / METRICS).write_text("".join(row.model_dump_json() + "\n" for row in run.rows))
 
 
 @pytest.fixture
