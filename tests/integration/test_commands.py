@@ -126,6 +126,7 @@ def test_slt_train_runs_the_embedded_digits_without_any_option(command, plan, tm
         "report.html",
         "report.md",
         "report.tex",
+        "split.safetensors",
         "tensorboard",
         "weights.safetensors",
     }
@@ -224,6 +225,7 @@ def test_forcing_a_run_replaces_what_was_there_and_a_refused_one_keeps_it(comman
         "report.html",
         "report.md",
         "report.tex",
+        "split.safetensors",
         "tensorboard",
         "weights.safetensors",
     ]
