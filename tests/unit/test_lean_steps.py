@@ -159,7 +159,7 @@ def cases():
                 yield pytest.param(name, numbers, batch, norms, levers, id=f"{name} {numbers} {norms} {told(levers)}")
 
 
-@pytest.mark.parametrize(("name", "numbers", "batch", "norms", "levers"), cases())
+@pytest.mark.parametrize(("name", "numbers", "batch", "norms", "levers"), list(cases()))
 def test_two_steps_with_levers_are_the_two_plain_steps(name, numbers, batch, norms, levers):
     assert_steps_are_the_plain_ones(name, numbers, norms, levers, batch)
 
