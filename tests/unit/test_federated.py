@@ -278,7 +278,8 @@ def test_a_step_over_its_budget_on_this_machine_is_refused_before_the_first_roun
 
 
 def test_train_from_python_takes_the_commands_arguments(full_plan, tmp_path):
-    plan = solve(trace(load_model("resnet20"), (3, 32, 32)), ["1GB"], StepSpec(batch_size=8), "resnet20")
+    shape = (1, 8, 8)
+    plan = solve(trace(load_model("convnet", 10, shape), shape), ["1GB"], StepSpec(batch_size=8, threads=1), "convnet")
     result = train(plan, "digits", rounds=1, clients=20, cohort_size=1, out=tmp_path / "run")
     assert result.settings == RunSettings(
         strategy="slt", dataset="digits", rounds=1, clients=20, cohort_size=1, local_batch=8
