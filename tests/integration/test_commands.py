@@ -110,6 +110,7 @@ def test_slt_plan_refuses_in_one_line(command, tmp_path, words, code, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_slt_train_runs_the_embedded_digits_without_any_option(command, plan, tmp_path):
     done = command("slt-train", "--plan", "plan.json", "--rounds", "15", "--out", "run")
     assert done.code == 0, done.err
@@ -260,9 +261,14 @@ def test_a_plan_of_another_network_is_refused(command, plan, tmp_path):
 
 def test_ctrl_c_leaves_a_run_folder_that_can_be_read(plan, tmp_path):
     script = "import sys; from slt_planner.cli.main import slt_train; sys.argv[0] = 'slt-train'; slt_train()"
-    words = ["--plan", "plan.json", "--rounds", "500", "--out", "run"]
+    words = ["--plan", "plan.json", "--rounds", "500", "--clients", "100", "--cohort-size", "1", "--out", "run"]
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120

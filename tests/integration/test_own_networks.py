@@ -45,7 +45,8 @@ def test_a_users_file_is_planned_and_trained(own, tmp_path):
     assert f"--model {NETWORK}" in refused.err
 
     rounds = max(2, len(plan.stages))
-    trained = own(*TRAIN, "--model", NETWORK, "--rounds", str(rounds), "--out", "run")
+    few = ("--clients", "50", "--cohort-size", "2")
+    trained = own(*TRAIN, "--model", NETWORK, "--rounds", str(rounds), *few, "--out", "run")
     assert trained.code == 0, trained.err
     result = load_run(tmp_path / "run")
     assert len(result.rows) == rounds
@@ -98,6 +99,7 @@ def write_masks(folder, split, count, size=64):
         Image.fromarray(mask).save(folder / split / "masks" / f"{number}.png")
 
 
+@pytest.mark.slow
 def test_a_segmentation_network_is_planned_and_trained_and_judged_by_mean_iou(command, tmp_path):
     write_masks(tmp_path / "squares", "train", 16)
     write_masks(tmp_path / "squares", "test", 6)
@@ -115,6 +117,7 @@ def test_a_segmentation_network_is_planned_and_trained_and_judged_by_mean_iou(co
     assert "Mean IoU on" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_detector_is_planned_by_measurement_and_says_that_it_depends_on_data(command, tmp_path):
     done = command(
         *("slt-plan", "ssdlite320_mobilenet_v3_large", "--input-shape", "3,160,160"),

@@ -155,6 +155,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_combination_is_the_mildest_that_is_enough(name):
     """Against every choice of levers, each with every size of micro-batches, measured."""
