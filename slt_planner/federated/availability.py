@@ -4,7 +4,8 @@ from typing import Literal
 
 import numpy as np
 
-Answer = Literal["in_time", "late", "never"]
+Answer = Literal["in_time", "late", "never", "failed"]
+"""A client that fails was reached and has told so; that is never simulated."""
 
 _STREAM = 0x616E7377  # keeps these draws apart from those made for (seed, round, client)
 

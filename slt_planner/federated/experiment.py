@@ -12,6 +12,7 @@ from slt_planner.data.datasets import Dataset
 from slt_planner.environment import environment
 from slt_planner.errors import InputError
 from slt_planner.federated.checkpoint import load_checkpoint, save_checkpoint
+from slt_planner.federated.engines.base import Engine
 from slt_planner.federated.evaluate import confusion_and_loss, quality, recalibrate
 from slt_planner.federated.result import RoundRow, RunResult, RunSettings, RunTier
 from slt_planner.federated.rounds import EVALUATION_STREAM, run_round
@@ -53,11 +54,17 @@ def begin_run(run: Run, folder: Path, force: bool = False) -> None:
         RunFolder(folder).begin(_empty_result(run, environment(number)), force)
 
 
-def continue_run(run: Run, folder: Path, progress: Callable[[RoundRow], None] = lambda row: None) -> RunResult:
+def continue_run(
+    run: Run,
+    folder: Path,
+    progress: Callable[[RoundRow], None] = lambda row: None,
+    engine: Engine | None = None,
+) -> RunResult:
     """Do the rounds of a run that its folder does not have yet, and come to the end it would have come to at once.
 
     The run goes on from its checkpoint, or from its first round if it has none; rows of rounds past that are dropped
-    and made again. An interrupt (Ctrl-C) ends it early; it can be continued then.
+    and made again. An interrupt (Ctrl-C) ends it early; it can be continued then. Clients train where the engine runs
+    them, by default in this process; whichever it is, the run is the same.
 
     Raises:
         InputError: the run is not the one that the folder was begun with, the checkpoint and the rows do not go
@@ -74,7 +81,7 @@ def continue_run(run: Run, folder: Path, progress: Callable[[RoundRow], None] = 
         with closing(TensorboardLog(folder / TENSORBOARD, rows)) as log:
             try:
                 while state.round < run.settings.rounds:
-                    after, row = run_round(run, state)
+                    after, row = run_round(run, state, engine)
                     run_folder.append(row)
                     rows.append(row)
                     state = after

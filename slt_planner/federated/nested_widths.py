@@ -80,10 +80,11 @@ def _find(model: nn.Module, fqn: str) -> Tensor:
 
 
 def _first_entries(wide: Tensor, kept: Index, narrow: Index, name: str) -> Tensor:
-    """A view of the entries that the narrower index keeps of what the wider one does."""
+    """A view of the entries that the narrower index keeps of what the wider one does (all, where it names none)."""
     view = wide.detach()
-    for dim, (outer, inner) in enumerate(zip(kept, narrow, strict=True)):
-        if list(outer.indices[: inner.width]) != list(inner.indices):
+    for dim, inner in enumerate(narrow):
+        outer = kept[dim].indices if kept else range(view.shape[dim])
+        if list(outer[: inner.width]) != list(inner.indices):
             raise UnsupportedLayerError(
                 f"{name}: its narrower entries are not its first ones; fjord trains views of them"
             )

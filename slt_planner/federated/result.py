@@ -63,7 +63,7 @@ class RunSettings(Record):
 
 
 class Refusal(Record):
-    """A client whose update was not used, and why."""
+    """A client whose update was not used or did not come, and why."""
 
     client: int
     reason: str
@@ -76,7 +76,8 @@ class RoundRow(Record):
     the test images; both are None in a round without evaluation, a loss also where it is not finite.
 
     Of the `clients` chosen, `dropped_out` never answered, `stragglers` answered too late, and the updates of `refused`
-    were not used, for the reasons in `refusals`. `bytes_down`, `bytes_up` and `train_flops` are of all clients, as
+    were not used, for the reasons in `refusals`; where clients are real, `absent` says why those did not answer, or not
+    in time. `bytes_down`, `bytes_up` and `train_flops` are of all clients, as
     docs/training.md counts them (`train_flops` None: an older version's run). `measured_peak_bytes` is a client's
     measured step at the local batch, allocator ruler, by tier. `seconds` = `train_seconds` + `evaluate_seconds` + the
     rest.
@@ -95,6 +96,7 @@ class RoundRow(Record):
     clients: int
     dropped_out: int = 0
     stragglers: int = 0
+    absent: tuple[Refusal, ...] = ()
     refused: int
     refusals: tuple[Refusal, ...] = ()
     measured_peak_bytes: dict[str, int]

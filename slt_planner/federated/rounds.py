@@ -9,7 +9,8 @@ import numpy as np
 from slt_planner.federated.accounting import RoundCosts, Visit, round_costs
 from slt_planner.federated.availability import answer
 from slt_planner.federated.client import LocalTraining, learning_rate
-from slt_planner.federated.engines.local import Assignment, RoundLog, run_clients
+from slt_planner.federated.engines.base import Assignment, Engine, RoundLog
+from slt_planner.federated.engines.local import LocalEngine
 from slt_planner.federated.evaluate import evaluate
 from slt_planner.federated.progress import Holders, Progress
 from slt_planner.federated.refusals import Screen
@@ -21,18 +22,23 @@ from slt_planner.submodel.extract import extract
 _COHORT_STREAM, EVALUATION_STREAM = 2, 3  # keep these uses of the seed apart from the others
 
 
-def run_round(run: Run, state: ServerState) -> tuple[ServerState, RoundRow]:
-    """One round: train those of a cohort that answer, merge, evaluate if it is time to."""
-    began = time.perf_counter()
+def run_round(run: Run, state: ServerState, engine: Engine | None = None) -> tuple[ServerState, RoundRow]:
+    """One round: train those of a cohort that answer, merge, evaluate if it is time to.
+
+    Clients train where the engine runs them; by default one after the other in this process.
+    """
+    began, engine = time.perf_counter(), engine or LocalEngine()
+    run = engine.meet(run)
     settings, strategy, number = run.settings, run.strategy, state.round + 1
     stage, config, log = strategy.stage(state), strategy.evaluation_config(state), RoundLog()
     steps = _steps_of_tiers(run, state)
     cohort = draw_cohort(run, state)
-    costs = round_costs(_visits(run, steps, cohort), _holders(state, stage, steps))
+    holders = engine.holders(_holders(state, stage, steps))
     screen = Screen(run.graph, state.weights, state.progress.recent_changes, settings.max_change)
     answering = [assignment for assignment in cohort if assignment.answer == "in_time"]
-    updates = run_clients(run.graph, state, answering, run.dataset, settings.seed, screen, log)
-    after = apply(run.graph, state, updates)
+    after = apply(run.graph, state, engine.run_clients(run, state, answering, holders, screen, log))
+    cohort = [replace(own, answer=log.answers.get(own.client, own.answer)) for own in cohort]
+    costs = round_costs(_visits(run, steps, cohort), holders)
     train_loss = _finite(float(np.mean(log.losses))) if log.losses else None
     after = replace(after, progress=_progress(run, state, stage, costs, log, train_loss))
     evaluating = time.perf_counter()
@@ -55,6 +61,7 @@ def run_round(run: Run, state: ServerState) -> tuple[ServerState, RoundRow]:
         clients=len(cohort),
         dropped_out=sum(assignment.answer == "never" for assignment in cohort),
         stragglers=sum(assignment.answer == "late" for assignment in cohort),
+        absent=tuple(log.absent),
         refused=len(log.refusals),
         refusals=tuple(log.refusals),
         measured_peak_bytes={tier: run.client_peaks[step] for tier, step in steps.items()},

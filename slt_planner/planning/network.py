@@ -1,15 +1,36 @@
 """From a plan to its network. A plan is data: code that it names is not run unless the user names it too."""
 
+from typing import Protocol
+
 from torch import nn
 
 from slt_planner.errors import InputError
 from slt_planner.graph.trace import ModelGraph, trace
 from slt_planner.models.registry import is_reference, load_model
-from slt_planner.planning.plan import Plan
+from slt_planner.planning.plan import PlannedModel
+
+
+class NamesNetwork(Protocol):
+    """A plan, as far as its network is concerned."""
+
+    @property
+    def model(self) -> PlannedModel:
+        """Which network it is."""
+        ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Its outputs."""
+        ...
 
 
 def planned_network(
-    plan: Plan, model: nn.Module | str | None = None, weights: bool = True
+    plan: NamesNetwork, model: nn.Module | str | None = None, weights: bool = True
 ) -> tuple[nn.Module, ModelGraph]:
     """The plan's network (or the one given) and its graph.
 

@@ -2,16 +2,13 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
-
-from slt_planner.config import Config
 from slt_planner.data.datasets import Dataset
-from slt_planner.federated.availability import Answer
-from slt_planner.federated.client import LocalTraining, client_seed, train_client
+from slt_planner.federated.client import client_seed, train_client
+from slt_planner.federated.engines.base import Assignment, RoundLog
+from slt_planner.federated.progress import Holders
 from slt_planner.federated.refusals import Screen
-from slt_planner.federated.result import Refusal
+from slt_planner.federated.setup import Run
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.step import as_trained
@@ -19,30 +16,28 @@ from slt_planner.submodel.extract import extract
 from slt_planner.submodel.merge import Update
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """A client of this round's cohort: what it trains, how, on which training images, and whether it will answer."""
+class LocalEngine:
+    """Clients in this process; what is expected of them is so."""
 
-    client: int
-    tier: str
-    config: Config
-    training: LocalTraining
-    indices: np.ndarray
-    budget_bytes: int
-    answer: Answer = "in_time"
+    def meet(self, run: Run) -> Run:
+        """Nothing is to be found out."""
+        return run
 
+    def holders(self, expected: Holders) -> Holders:
+        """Those that should."""
+        return expected
 
-@dataclass
-class RoundLog:
-    """What came of a round's clients, filled in as they finish.
-
-    `losses` are of the updates that are used, `changes` of all that `Screen` could measure.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    changes: list[float] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
-    train_seconds: float = 0.0
+    def run_clients(
+        self,
+        run: Run,
+        state: ServerState,
+        cohort: Sequence[Assignment],
+        holders: Holders,
+        screen: Screen,
+        log: RoundLog,
+    ) -> Iterator[Update]:
+        """As `run_clients`."""
+        return run_clients(run.graph, state, cohort, run.dataset, run.settings.seed, screen, log)
 
 
 def run_clients(
@@ -69,11 +64,6 @@ def run_clients(
         trained = model.trained_state()
         verdict = screen.verdict(assignment.config, trained, samples, loss)
         log.train_seconds += time.perf_counter() - began
-        if verdict.change is not None:
-            log.changes.append(verdict.change)
-        if verdict.reason is None:
-            log.losses.append(loss)
+        if log.add(assignment.client, verdict, loss):
             yield assignment.config, trained, samples
-        else:
-            log.refusals.append(Refusal(client=assignment.client, reason=verdict.reason))
         del model, trained
