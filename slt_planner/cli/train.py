@@ -1,9 +1,10 @@
 """`slt-train`: a plan goes in, federated runs, their folders and their report come out; or begun runs are continued."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_args
 
 import typer
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.console import Console
 from slt_planner.cli.common import chosen, command_line, consoles, validated
 from slt_planner.cli.live import LiveRounds
 from slt_planner.errors import InputError, SltError
-from slt_planner.federated.result import RunResult, RunSettings, StrategyName
+from slt_planner.federated.engines.flower.options import FlowerOptions, need_flower
+from slt_planner.federated.result import RoundRow, RunResult, RunSettings, StrategyName
 from slt_planner.federated.run_folder import METRICS, PICTURE, REPORT, SETTINGS, clear_runs, load_run, run_folders
 from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan, load_plan
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from slt_planner.data.datasets import Dataset
     from slt_planner.federated.setup import Run
 
+GoOn: TypeAlias = "Callable[[Run, Path, Callable[[RoundRow], None]], RunResult]"
+
 _STRATEGIES = get_args(StrategyName)
-_GO_WITH_RESUME = {"resume", "model", "json_output"}
+_GO_WITH_RESUME = {"resume", "model", "json_output", "engine", "deadline", "minimum_answers"}
 
 
 def train(
@@ -81,6 +85,14 @@ def train(
     enforce: Annotated[
         bool, typer.Option("--enforce", help="Run clients under their tier's budget: a step that would pass it fails.")
     ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(help="Where clients train: local, or flower (Flower's simulation; wants slt-planner[flower])."),
+    ] = "local",
+    deadline: Annotated[float, typer.Option(help="flower: seconds until a client is late.")] = 600.0,
+    minimum_answers: Annotated[
+        int, typer.Option(min=1, help="flower: a round with fewer updates uses none of them.")
+    ] = 1,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing run folder.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
@@ -90,9 +102,10 @@ def train(
     folder, from which --resume goes on; so it does after a crash.
     """
     console, progress_console = consoles(json_output)
+    go_on = _engine(engine, model, deadline, minimum_answers)
     if resume is not None:
         _refuse_settings(context, resume)
-        out, results = resume, _continue_all(_begun_runs(resume, model, progress_console), progress_console)
+        out, results = resume, _continue_all(_begun_runs(resume, model, progress_console), progress_console, go_on)
     else:
         if plan is None:
             raise InputError("--plan is needed, a plan made by slt-plan; or --resume, a run to go on with")
@@ -127,7 +140,7 @@ def train(
         check_writable([out / METRICS])
         wanted = [(name, number) for name in strategies for number in range(seed, seed + seeds)]
         runs = _new_runs(loaded, model, wanted, given, fixed, of_stages, download, progress_console)
-        results = _continue_all(_begin_all(runs, out, force), progress_console)
+        results = _continue_all(_begin_all(runs, out, force), progress_console, go_on)
     write_report(results, out / REPORT, force=True, command=command_line(), picture=out / PICTURE)
     if json_output:
         print("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")
@@ -137,6 +150,29 @@ def train(
     if results[-1].status == "stopped":
         done, wanted_rounds = len(results[-1].rows), results[-1].settings.rounds
         raise SltError(f"stopped after round {done} of {wanted_rounds}; go on with slt-train --resume {out}")
+
+
+def _engine(engine: str, model: str | None, deadline: float, minimum_answers: int) -> GoOn:
+    """What continues a run in its folder, on an engine."""
+    if chosen(engine, "--engine", ("local", "flower")) == "local":
+        return _locally
+    need_flower()
+    options = validated(FlowerOptions, deadline_s=deadline, minimum_answers=minimum_answers)
+    return partial(_on_flower, options=options, model=model)
+
+
+def _locally(run: "Run", folder: Path, progress: "Callable[[RoundRow], None]") -> RunResult:
+    from slt_planner.federated.experiment import continue_run
+
+    return continue_run(run, folder, progress)
+
+
+def _on_flower(
+    run: "Run", folder: Path, progress: "Callable[[RoundRow], None]", options: FlowerOptions, model: str | None
+) -> RunResult:
+    from slt_planner.federated.engines.flower.simulation import simulate
+
+    return simulate(run, folder, progress, options, model)
 
 
 def _strategies(text: str) -> list[str]:
@@ -228,9 +264,7 @@ def _begun_runs(path: Path, model: str | None, console: Console) -> "list[tuple[
     return begun
 
 
-def _continue_all(begun: "Sequence[tuple[Path, Run | RunResult]]", console: Console) -> list[RunResult]:
-    from slt_planner.federated.experiment import continue_run
-
+def _continue_all(begun: "Sequence[tuple[Path, Run | RunResult]]", console: Console, go_on: GoOn) -> list[RunResult]:
     results: list[RunResult] = []
     for folder, run in begun:
         if isinstance(run, RunResult):
@@ -238,7 +272,7 @@ def _continue_all(begun: "Sequence[tuple[Path, Run | RunResult]]", console: Cons
             continue
         title = run.settings.strategy if len({r.settings.seed for _, r in begun}) == 1 else folder.name
         with LiveRounds(title, run.settings.rounds, run.graph.adapter.metric, console) as live:
-            results.append(continue_run(run, folder, progress=live.show))
+            results.append(go_on(run, folder, live.show))
         if results[-1].status == "stopped":
             break
     return results

@@ -11,8 +11,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Error
 
 from slt_planner.errors import InputError, SltError
 from slt_planner.federated.engines.flower.client import Site, client_app
-from slt_planner.federated.engines.flower.engine import FlowerEngine, FlowerOptions
+from slt_planner.federated.engines.flower.engine import FlowerEngine
 from slt_planner.federated.engines.flower.messages import read_state, write_state
+from slt_planner.federated.engines.flower.options import FlowerOptions
 from slt_planner.federated.experiment import begin_run, continue_run
 from slt_planner.federated.result import TIMING_FIELDS
 from slt_planner.federated.run_folder import load_run

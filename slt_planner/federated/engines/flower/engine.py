@@ -9,9 +9,8 @@ from threading import Event
 
 from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from pydantic import Field
 
-from slt_planner.config import Config, Record, StepSettings
+from slt_planner.config import Config, StepSettings
 from slt_planner.errors import InputError, SltError
 from slt_planner.federated.availability import Answer
 from slt_planner.federated.client import client_seed
@@ -26,6 +25,7 @@ from slt_planner.federated.engines.flower.messages import (
     weights_in,
     write_state,
 )
+from slt_planner.federated.engines.flower.options import FlowerOptions
 from slt_planner.federated.progress import Holders
 from slt_planner.federated.refusals import Screen
 from slt_planner.federated.result import Refusal
@@ -48,19 +48,6 @@ _ERRORS: dict[int, tuple[Answer, str]] = {
     7: ("failed", "its node refused the app"),
     8: ("failed", "its process was killed"),
 }
-
-
-class FlowerOptions(Record):
-    """How long the server waits, and for how many.
-
-    A client that has not answered `deadline_s` seconds after its task was sent is late, and its task expires. With
-    fewer than `minimum_answers` updates a round uses none of them. Before the first round, all clients of the run are
-    waited for up to `wait_s`; later, when fewer than `minimum_answers` are connected.
-    """
-
-    deadline_s: float = Field(default=600.0, gt=0)
-    minimum_answers: int = Field(default=1, ge=1)
-    wait_s: float = Field(default=120.0, ge=0)
 
 
 @dataclass

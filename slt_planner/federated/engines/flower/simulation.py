@@ -13,8 +13,9 @@ from flwr.simulation import run_simulation
 
 from slt_planner.errors import SltError
 from slt_planner.federated.engines.flower.client import Site, client_app, site_of
-from slt_planner.federated.engines.flower.engine import FlowerEngine, FlowerOptions
+from slt_planner.federated.engines.flower.engine import FlowerEngine
 from slt_planner.federated.engines.flower.messages import Brief
+from slt_planner.federated.engines.flower.options import FlowerOptions
 from slt_planner.federated.experiment import continue_run
 from slt_planner.federated.result import RoundRow, RunResult
 from slt_planner.federated.setup import Run
