@@ -3,6 +3,7 @@
 import typer
 
 from slt_planner.cli.common import run
+from slt_planner.cli.flower import flower
 from slt_planner.cli.plan import plan
 from slt_planner.cli.profile import profile
 from slt_planner.cli.report import report
@@ -21,7 +22,9 @@ def _app(*commands: object) -> typer.Typer:
 
 def slt() -> None:
     """Entry of `slt`."""
-    run(_app(profile, plan, verify, train, report), "slt")
+    app = _app(profile, plan, verify, train, report)
+    app.add_typer(flower, name="flower")
+    run(app, "slt")
 
 
 def slt_plan() -> None:

@@ -37,7 +37,7 @@ class Site:
 
 
 def site_of(brief: "Brief", config: Mapping[str, object]) -> Site:
-    """That of this machine; `config` is its node config over the run's.
+    """That of this machine; `config` is its node config, with the run's network.
 
     ``dataset`` are images of its own, all to be trained on; ``model`` is the network, where it is the user's own code.
 
@@ -105,7 +105,7 @@ def _train(message: Message, context: Context, find_site: Callable[["Brief", Map
     from slt_planner.submodel.extract import extract
 
     task = record_in(message, Task)
-    site = find_site(task.brief, {**context.run_config, **context.node_config})
+    site = find_site(task.brief, {"model": context.run_config.get("model"), **context.node_config})
     indices = np.arange(len(site.dataset.train_labels)) if site.own_images else images_in(message)
     step = task.training.step
     with threads(step):
