@@ -141,7 +141,7 @@ class LocalFederation:
                 process.kill()
                 process.wait()
         self._processes.clear()
-        for pid in self._descendants():
+        for pid in self.processes():
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -184,8 +184,8 @@ class LocalFederation:
             raise SltError(f"flwr {command[0]} failed: {' '.join(str(told.get('error-message', '')).split())}")
         return told
 
-    def _descendants(self) -> list[int]:
-        """All that carry the mark of this federation; none where the system does not show environments of processes."""
+    def processes(self) -> list[int]:
+        """The ids of all processes of this federation, as Linux tells them; elsewhere none."""
         mark, found = f"{_MARK}={self._mark}".encode(), []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
