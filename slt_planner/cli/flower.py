@@ -17,15 +17,15 @@ from slt_planner.cli.live import LiveRounds
 from slt_planner.errors import InputError, SltError
 from slt_planner.federated.engines.flower.app_folder import connection, write_app
 from slt_planner.federated.engines.flower.options import FlowerOptions, need_flower
-from slt_planner.federated.result import RunResult, RunSettings, StrategyName
-from slt_planner.federated.run_folder import PICTURE, REPORT, load_run
+from slt_planner.federated.result import RunSettings, StrategyName
+from slt_planner.federated.run_folder import PICTURE, REPORT, SETTINGS, load_run
 from slt_planner.files import read_text, refuse_existing
 from slt_planner.planning.plan import load_plan
 from slt_planner.reporting.report import report as write_report
 from slt_planner.reporting.terminal import run_table
 
 if TYPE_CHECKING:
-    from slt_planner.federated.engines.flower.processes import LocalFederation
+    from slt_planner.federated.engines.flower.processes import LocalFederation, RunStatus
 
 flower = typer.Typer(
     help="Run a plan on Flower: on devices, or on several processes of this machine.", rich_markup_mode=None
@@ -121,17 +121,17 @@ def local(
     need_flower()
     from slt_planner.federated.engines.flower.processes import LocalFederation
 
-    with tempfile.TemporaryDirectory() as scratch, _terminated_in_order():
-        with LocalFederation(Path(scratch), clients) as federation:
-            line = f"a SuperLink on {federation.address} and {clients} SuperNodes are starting"
-            progress_console.print(line, soft_wrap=True, markup=False, highlight=False)
-            ended = _follow(
-                federation, federation.submit(folder, "resume=true" if resume else ""), out, progress_console
-            )
-        if ended != "completed":
-            log = federation.log("superlink")
-            sys.stderr.write(log[-4000:])
-            raise SltError(f"the run has {ended}, and its SuperLink's last words are above; slt flower local --resume")
+    with (
+        _terminated_in_order(),
+        tempfile.TemporaryDirectory() as scratch,
+        LocalFederation(Path(scratch), clients) as federation,
+    ):
+        line = f"a SuperLink on {federation.address} and {clients} SuperNodes are starting"
+        progress_console.print(line, soft_wrap=True, markup=False, highlight=False)
+        status = _follow(federation, federation.submit(folder, "resume=true" if resume else ""), out, progress_console)
+    if status.ended != "completed":
+        again = f"; go on with slt flower local {folder} --resume" if out.exists() else ""
+        raise SltError(f"the run {status.ended}: {status.details}{again}")
     result = load_run(out)
     write_report([result], out / REPORT, force=True, command=command_line(), picture=out / PICTURE)
     if json_output:
@@ -140,23 +140,23 @@ def local(
     console.print(f"Written: {out}/", soft_wrap=True, markup=False, highlight=False)
 
 
-def _follow(federation: "LocalFederation", run_id: int, out: Path, console: Console) -> str:
+def _follow(federation: "LocalFederation", run_id: int, out: Path, console: Console) -> "RunStatus":
     """Show the rounds of a run as they come; gives how it ended."""
-    result, shown = _begun(out), 0
-    while result is None:
-        if (ended := federation.ended(run_id)) is not None:
-            return ended
+    while not (out / SETTINGS).exists():
+        if (status := federation.status(run_id)).ended is not None:
+            return status
         time.sleep(_SECOND)
-        result = _begun(out)
+    result = load_run(out)
+    shown = len(result.rows)
     with LiveRounds(result.settings.strategy, result.settings.rounds, result.metric, console) as live:
         while True:
-            ended = federation.ended(run_id)
+            status = federation.status(run_id)
             rows = load_run(out).rows
             for row in rows[shown:]:
                 live.show(row)
-            shown = len(rows)
-            if ended is not None:
-                return ended
+            shown = max(shown, len(rows))
+            if status.ended is not None:
+                return status
             time.sleep(_SECOND)
 
 
@@ -168,10 +168,6 @@ def _terminated_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _begun(out: Path) -> RunResult | None:
-    return load_run(out) if (out / "config.json").exists() else None
 
 
 def _app_config(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from slt_planner.errors import SltError
@@ -20,6 +20,17 @@ from slt_planner.federated.engines.flower.app_folder import connection
 
 _MARK = "SLT_FEDERATION"  # in the environment of all that is started, so that all of it can be ended
 _START_S, _END_S, _POLL_S = 60.0, 10.0, 0.1
+
+
+class RunStatus(NamedTuple):
+    """What Flower knows of a run: how it ended (``completed``, ``failed``, ``stopped``; None: it goes on), why it
+    failed, and the bytes that the SuperLink sent to nodes and got from them.
+    """
+
+    ended: str | None
+    details: str
+    sent_bytes: int
+    received_bytes: int
 
 
 class LocalFederation:
@@ -103,25 +114,27 @@ class LocalFederation:
         told = self._flwr("run", str(app), "slt", "--format", "json", *more)
         return int(told["run-id"])
 
-    def ended(self, run_id: int) -> str | None:
-        """How a run has ended, ``completed``, ``failed`` or ``stopped``; None as long as it goes on.
+    def status(self, run_id: int) -> RunStatus:
+        """How a run is doing.
 
         Raises:
             SltError: the SuperLink has ended.
         """
         self._check("superlink")
-        runs = self._flwr("ls", "slt", "--run-id", str(run_id), "--format", "json")["runs"]
-        state, _, ended = str(runs[0]["status"]).partition(":")
-        return ended if state == "finished" else None
+        told = self._flwr("ls", "slt", "--run-id", str(run_id), "--format", "json")["runs"][0]
+        state, _, ended = str(told["status"]).partition(":")
+        sent, came = (int(told["network-traffic"][way]) for way in ("outbound-bytes", "inbound-bytes"))
+        details = " ".join(str(told["status-details"] or "").split())
+        return RunStatus(ended if state == "finished" else None, details, sent, came)
 
-    def wait(self, run_id: int, timeout_s: float) -> str:
+    def wait(self, run_id: int, timeout_s: float) -> RunStatus:
         """Wait until a run has ended; raises SltError if it goes on after `timeout_s`."""
         until = time.monotonic() + timeout_s
-        while (ended := self.ended(run_id)) is None:
+        while (status := self.status(run_id)).ended is None:
             if time.monotonic() > until:
                 raise SltError(f"run {run_id} goes on after {timeout_s:g} s")
             time.sleep(_POLL_S)
-        return ended
+        return status
 
     def log(self, name: str) -> str:
         """What a process has said so far."""
