@@ -1,5 +1,6 @@
 """The Flower engine against the local one, message by message, in this process."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -99,6 +100,23 @@ def test_a_client_that_comes_back_as_another_node_gets_everything_again(tmp_path
     plain = tiny_runs.run(frozen_plan(), dataset(), tmp_path / "plain", cohort_size=5, rounds=9)
     assert (tmp_path / "run/weights.safetensors").read_bytes() == (tmp_path / "plain/weights.safetensors").read_bytes()
     assert sum(row.bytes_down for row in result.rows) > sum(row.bytes_down for row in plain.rows)
+
+
+def test_a_node_that_has_lost_what_it_kept_says_so_and_gets_it_again(tmp_path):
+    grid = grid_of()
+    run = prepared(frozen_plan(), dataset(), cohort_size=5, rounds=12)
+    begin_run(run, tmp_path / "run")
+    last = run.strategy.tier_step(replace(run.start, round=11), run.plan.tiers[0].name).config
+
+    def lose(row):
+        if row.config == last and not any(row.config == last for row in load_run(tmp_path / "run").rows[:-1]):
+            grid.contexts[100].state.clear()
+
+    result = continue_run(run, tmp_path / "run", lose, FlowerEngine(grid, QUICK))
+    (refusal,) = [own for row in result.rows for own in row.refusals]
+    assert refusal.client == 0
+    assert "were to be kept here are not; they will come again" in refusal.reason
+    assert result.rows[-1].refused == 0
 
 
 def failing(kind, node=101, rounds=("2",)):
