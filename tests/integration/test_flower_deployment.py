@@ -1,5 +1,6 @@
 """A real deployment on loopback: a SuperLink and SuperNodes as processes, some of them killed."""
 
+import os
 import time
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from slt_planner.federated.engines.flower.client import client_app
 from slt_planner.federated.engines.flower.options import FlowerOptions
 from slt_planner.federated.engines.flower.processes import LocalFederation
 from slt_planner.federated.engines.flower.server import serve
+from slt_planner.federated.engines.flower.simulation import simulate
+from slt_planner.federated.experiment import begin_run, run_experiment
 from slt_planner.federated.result import TIMING_FIELDS, RunSettings
 from slt_planner.federated.run_folder import METRICS, load_run
+from slt_planner.federated.setup import load_data, load_network, prepare
 from slt_planner.graph.trace import trace
 from slt_planner.models.registry import load_model
+from slt_planner.planning.plan import load_plan
 from slt_planner.planning.solve import solve
 from tests.in_process_grid import InProcessGrid
 
@@ -107,3 +112,17 @@ def test_a_run_goes_on_after_its_superlink_was_killed(tmp_path, plan, one_thread
     result = load_run(tmp_path / "run")
     again = in_process(tmp_path / "again", plan, settings, gone_from_round=9)
     assert [comparable(row) for row in result.rows] == [comparable(row) for row in again.rows]
+
+
+def test_a_simulation_is_the_same_run_and_leaves_no_process(tmp_path, plan, one_thread):
+    settings = RunSettings(strategy="slt", dataset="digits", rounds=2, local_batch=16, seed=1, clients=3, cohort_size=2)
+    loaded = load_plan(plan)
+    run = prepare(loaded, settings, load_data(loaded, "digits"), load_network(loaded, 1))
+    local = run_experiment(run, tmp_path / "local")
+    begin_run(run, tmp_path / "simulated")
+    simulated = simulate(run, tmp_path / "simulated")
+    assert [comparable(row) for row in simulated.rows] == [comparable(row) for row in local.rows]
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("local", "simulated")]
+    assert weights[0] == weights[1]
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    assert not children.exists() or children.read_text() == ""
