@@ -2,18 +2,24 @@
 
 A plan runs on a SuperLink and three SuperNodes on loopback, and again on the local engine: the weights must be the same
 to the bit. Seconds are of the rounds after the first; memory is the highest resident set of each process, as Linux
-keeps it, by the program's name. Run on an idle machine:
+keeps it, by the program's name. Then a SuperLink's record of nodes is filled with thousands of them. Run on an idle
+machine:
 
     python benchmarks/flower_overhead.py PLAN [--rounds 14] [--out FILE.json]
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.federation import NoOpFederationManager
 
 from slt_planner.environment import environment
 from slt_planner.federated.engines.flower.app_folder import write_app
@@ -42,6 +48,28 @@ def resident(pids: list[int]) -> dict[int, tuple[str, int]]:
         name = next((Path(word).name for word in words[:2] if Path(word).name.startswith(("flwr", "flower"))), "")
         found[pid] = (name, peak)
     return found
+
+
+def superlink_with(nodes: int) -> dict[str, float]:
+    """What a SuperLink's own record of its nodes needs, asked directly: bytes on disk, seconds for what it does."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "superlink.db"
+        state = LinkStateFactory(str(path), NoOpFederationManager(), ObjectStoreFactory()).state()
+        ids = [state.create_node("owner", "name", os.urandom(120), 30.0) for _ in range(nodes)]
+        for node in ids:
+            state.activate_node(node, 30.0)
+        began = time.perf_counter()
+        assert len(state.get_node_info(statuses=["online"])) == nodes
+        listed = time.perf_counter()
+        for node in ids[:500]:
+            state.acknowledge_node_heartbeat(node, 30.0)
+        ended = time.perf_counter()
+        return {
+            "nodes": nodes,
+            "disk_bytes_a_node": path.stat().st_size / nodes,
+            "seconds_to_list_them": listed - began,
+            "seconds_a_heartbeat": (ended - listed) / 500,
+        }
 
 
 def main() -> None:
@@ -88,6 +116,7 @@ def main() -> None:
         "flower_bytes_down": status.sent_bytes,
         "flower_bytes_up": status.received_bytes,
         "highest_resident_bytes": dict(sorted(peaks.items())),
+        "superlink": [superlink_with(1_000), superlink_with(5_000)],
         "environment": environment(1),
     }
     text = json.dumps(result, indent=2) + "\n"
