@@ -47,6 +47,11 @@ class BudgetExceeded(SltError):  # noqa: N818 - the name is part of the public A
             f"{over:,} over the budget of {budget_bytes:,}{unknown}"
         )
 
+    def __reduce__(self) -> tuple[type["BudgetExceeded"], tuple[str, str, int, int, int, bool]]:
+        """So that it comes whole out of a worker."""
+        own = self.operator, self.unit, self.asked_bytes, self.live_bytes, self.budget_bytes, self.calibrated
+        return BudgetExceeded, own
+
 
 class InfeasibleError(SltError):
     """No tier's budget admits a schedule."""

@@ -85,6 +85,9 @@ def train(
     enforce: Annotated[
         bool, typer.Option("--enforce", help="Run clients under their tier's budget: a step that would pass it fails.")
     ] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Clients that train at once, each in a process of its own on one thread.")
+    ] = 1,
     engine: Annotated[
         str,
         typer.Option(help="Where clients train: local, or flower (Flower's simulation; wants slt-planner[flower])."),
@@ -102,7 +105,7 @@ def train(
     folder, from which --resume goes on; so it does after a crash.
     """
     console, progress_console = consoles(json_output)
-    go_on = _engine(engine, model, deadline, minimum_answers)
+    go_on = _engine(engine, workers, model, deadline, minimum_answers)
     if resume is not None:
         _refuse_settings(context, resume)
         out, results = resume, _continue_all(_begun_runs(resume, model, progress_console), progress_console, go_on)
@@ -129,6 +132,7 @@ def train(
             "stragglers": stragglers,
             "max_change": max_change,
             "enforce": enforce,
+            "workers": workers,
         }
         if chosen(rounds_policy, "--rounds-policy", ("planned", "plateau")) == "plateau" and "slt" not in strategies:
             raise InputError(f"--rounds-policy plateau is for stages; {', '.join(strategies)} has none")
@@ -152,10 +156,12 @@ def train(
         raise SltError(f"stopped after round {done} of {wanted_rounds}; go on with slt-train --resume {out}")
 
 
-def _engine(engine: str, model: str | None, deadline: float, minimum_answers: int) -> GoOn:
+def _engine(engine: str, workers: int, model: str | None, deadline: float, minimum_answers: int) -> GoOn:
     """What continues a run in its folder, on an engine."""
     if chosen(engine, "--engine", ("local", "flower")) == "local":
         return _locally
+    if workers > 1:
+        raise InputError("--workers is of the local engine; with --engine flower, Ray has its own")
     need_flower()
     options = validated(FlowerOptions, deadline_s=deadline, minimum_answers=minimum_answers)
     return partial(_on_flower, options=options, model=model)

@@ -7,38 +7,37 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from slt_planner.config import Config, Metric, StepSettings
+from slt_planner.config import Config, Metric
 from slt_planner.data.datasets import Dataset, normalise
 from slt_planner.graph.trace import ModelGraph
-from slt_planner.memory.step import memory_format
 from slt_planner.submodel.extract import SubModel, extract
 from slt_planner.submodel.merge import merge
 
-BATCH = 1024
+BATCH = 256  # of 32x32; activations of larger ones are given back to the system and come as new pages every time
 SERVER_IMAGES = 1024
 _BATCH_PIXELS = BATCH * 32 * 32  # larger images go in smaller batches, so that evaluating needs no more memory
 _FEWEST = 16
 
 
-def evaluate(model: SubModel, dataset: Dataset, step: StepSettings, seed: int) -> tuple[float, float]:
+def evaluate(model: SubModel, dataset: Dataset, seed: int) -> tuple[float, float]:
     """The metric of the network's adapter and the mean loss on the test images, as `confusion_and_loss` runs them."""
-    confusion, loss = confusion_and_loss(model, dataset, step, seed)
+    confusion, loss = confusion_and_loss(model, dataset, seed)
     return quality(confusion, model.extraction.graph.adapter.metric), loss
 
 
-def confusion_and_loss(model: SubModel, dataset: Dataset, step: StepSettings, seed: int) -> tuple[Tensor, float]:
+def confusion_and_loss(model: SubModel, dataset: Dataset, seed: int) -> tuple[Tensor, float]:
     """How often each class was given (rows) and predicted (columns), and the mean loss; test images shuffled by `seed`.
 
-    Batches are of 1,024 images (of as many pixels as 1,024 of 32x32, where images are larger), without a tail of one:
+    Batches are of 256 images (of as many pixels as 256 of 32x32, where images are larger), without a tail of one:
     with `static` norms each batch is normalised by its own statistics.
     """
     adapter = model.extraction.graph.adapter
-    model.to(memory_format=memory_format(step)).eval()
+    model.to(memory_format=torch.channels_last).eval()
     order = torch.randperm(len(dataset.test_labels), generator=torch.Generator().manual_seed(seed))
     confusion, loss = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.int64), 0.0
     with torch.inference_mode():
         for chosen in split_without_tail(order, _batch_size(dataset)):
-            batch = normalise(dataset.test_images[chosen], dataset).to(memory_format=memory_format(step))
+            batch = normalise(dataset.test_images[chosen], dataset).to(memory_format=torch.channels_last)
             labels = dataset.test_labels[chosen].long()
             outputs = model(*adapter.inputs(batch))
             loss += float(adapter.loss(outputs, labels)) * len(chosen)
@@ -99,7 +98,7 @@ def recalibrate(
     config = config.model_copy(update={"freeze_depth": 0})  # the statistics of frozen norms are wanted too
     model = extract(graph, weights, config, norms="running")
     order = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(seed))
-    pieces = split_without_tail(order[:SERVER_IMAGES], max(2, _batch_size(dataset) // 4))
+    pieces = split_without_tail(order[:SERVER_IMAGES], _batch_size(dataset))
     update_bn((normalise(dataset.train_images[chosen], dataset) for chosen in pieces), _OnImages(model))
     return merge(graph, weights, [(config, model.trained_state(), 1)])
 

@@ -13,6 +13,8 @@ from slt_planner.environment import environment
 from slt_planner.errors import InputError
 from slt_planner.federated.checkpoint import load_checkpoint, save_checkpoint
 from slt_planner.federated.engines.base import Engine
+from slt_planner.federated.engines.local import LocalEngine
+from slt_planner.federated.engines.workers import WorkerEngine
 from slt_planner.federated.evaluate import confusion_and_loss, quality, recalibrate
 from slt_planner.federated.result import RoundRow, RunResult, RunSettings, RunTier
 from slt_planner.federated.rounds import EVALUATION_STREAM, run_round
@@ -64,7 +66,7 @@ def continue_run(
 
     The run goes on from its checkpoint, or from its first round if it has none; rows of rounds past that are dropped
     and made again. An interrupt (Ctrl-C) ends it early; it can be continued then. Clients train where the engine runs
-    them, by default in this process; whichever it is, the run is the same.
+    them, by default in this process or the run's workers; whichever it is, the run is the same.
 
     Raises:
         InputError: the run is not the one that the folder was begun with, the checkpoint and the rows do not go
@@ -78,6 +80,7 @@ def continue_run(
         rows, outcome = run_folder.keep_rounds(state.round), dict[str, object]()
         if not (folder / SPLIT).exists():
             run.images_of.save(folder / SPLIT)
+        engine = engine or (WorkerEngine(run.settings.workers) if run.settings.workers > 1 else LocalEngine())
         with closing(TensorboardLog(folder / TENSORBOARD, rows)) as log:
             try:
                 while state.round < run.settings.rounds:
@@ -181,7 +184,7 @@ def judge(run: Run, state: ServerState, config: Config) -> dict[str, object]:
     outcome: dict[str, object] = {"status": "finished"}
     for norms, name in kinds:
         model = extract(run.graph, weights, config, norms)
-        counts, _ = confusion_and_loss(model, run.dataset, run.plan.step, seed + EVALUATION_STREAM)
+        counts, _ = confusion_and_loss(model, run.dataset, seed + EVALUATION_STREAM)
         outcome[name] = quality(counts, run.graph.adapter.metric)
         if norms == "static" and counts.numel() <= _MOST_COUNTS:
             outcome["confusion"] = tuple(map(tuple, counts.tolist()))

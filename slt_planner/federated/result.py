@@ -23,7 +23,8 @@ class RunSettings(Record):
     `dataset` is what `load_dataset` takes, and `data_root` where it looks for data sets that have a name alone;
     `partition` is ``iid``, ``dirichlet:ALPHA``, ``shards:N`` or ``natural``, with at least `minimum_samples` training
     images a client. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
-    rounds. With `enforce` clients train under their tier's budget.
+    rounds. With `enforce` clients train under their tier's budget. Of several `workers` each is a process that trains a
+    client on one thread; without, clients train one after the other, on as many threads as the plan's step.
 
     The test images are evaluated every `evaluate_every` rounds and after the last, the state is kept every
     `checkpoint_every`. `client_dropout` and `stragglers` are the probabilities that a chosen client never answers, and
@@ -46,6 +47,7 @@ class RunSettings(Record):
     minimum_samples: int = Field(default=2, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     enforce: bool = False
+    workers: int = Field(default=1, ge=1, le=1024)
     evaluate_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=1, ge=1)
     client_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -121,7 +123,7 @@ class RunResult(Record):
     `head_scale` is that of a run that holds one width from beginning to end.
 
     `accuracy_batch_statistics` and `accuracy_running_statistics` are of the final network on the test images, with
-    norms as trained (statistics of batches of 1,024) and with running statistics recalibrated on the server's images;
+    norms as trained (statistics of batches of 256) and with running statistics recalibrated on the server's images;
     None when the run was stopped before its end.
 
     `confusion` counts the test images (of masks: the pixels) of each given class (rows) by the class that the final

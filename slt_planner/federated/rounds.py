@@ -45,7 +45,7 @@ def run_round(run: Run, state: ServerState, engine: Engine | None = None) -> tup
     accuracy, loss = None, None
     if number % settings.evaluate_every == 0 or number == settings.rounds:
         judged = extract(run.graph, after.weights, config, run.plan.step.norms)
-        accuracy, loss = evaluate(judged, run.dataset, run.plan.step, settings.seed + EVALUATION_STREAM)
+        accuracy, loss = evaluate(judged, run.dataset, settings.seed + EVALUATION_STREAM)
     ended = time.perf_counter()
     row = RoundRow(
         round=number,

@@ -1,5 +1,6 @@
 """Before the first round: who takes part, with which images, on which strategy, and whether every step fits."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -142,7 +143,7 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
     _check_settings(plan, settings)
     model, graph = network
     with threads(plan.step):
-        strategy = make_strategy(plan, settings, graph)
+        strategy = make_strategy(clients_plan(plan, settings), settings, graph)
         tier_of = deal_clients(plan, settings)
         if not any(strategy.tier_steps(plan.tiers[tier].name) for tier in tier_of):
             raise InputError(f"none of the {settings.clients} clients is in a tier that takes part; use more clients")
@@ -175,13 +176,25 @@ def _check_settings(plan: Plan, settings: RunSettings) -> None:
             f"local batch {settings.local_batch} needs more memory than the plan's {plan.batch_size}; "
             "use at most that, or make a plan for the larger one"
         )
+    if settings.workers > 1 and (sys.platform != "linux" or torch.cuda.is_available()):
+        raise InputError(
+            f"{settings.workers} workers are forked, which torch bears on Linux and where it sees no GPU; "
+            "use one, or hide the GPU with CUDA_VISIBLE_DEVICES="
+        )
     if settings.cohort_size > settings.clients:
         raise InputError(f"cohort size {settings.cohort_size} is more than the {settings.clients} clients")
 
 
+def clients_plan(plan: Plan, settings: RunSettings) -> Plan:
+    """The plan with the step that clients train: a worker has one thread."""
+    if settings.workers == 1:
+        return plan
+    return plan.model_copy(update={"step": plan.step.model_copy(update={"threads": 1})})
+
+
 def step_with(plan: Plan, settings: RunSettings, levers: LeverSet) -> StepSpec:
     """The plan's training step with levers, at the local batch."""
-    return plan.spec.with_levers(levers).settings.with_batch(settings.local_batch)
+    return clients_plan(plan, settings).spec.with_levers(levers).settings.with_batch(settings.local_batch)
 
 
 def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy: Strategy) -> dict[ClientStep, int]:
@@ -200,6 +213,7 @@ def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy
             if strategy.keeps_budgets and peaks[step] > tier.budget_bytes:
                 raise InfeasibleError(
                     f"tier {tier.name}: a step of {step.config} at batch {spec.batch_size} needs "
-                    f"{format_bytes(peaks[step], round_up=True)} on this machine; make the plan again here"
+                    f"{format_bytes(peaks[step], round_up=True)} on this machine; make the plan again here, "
+                    f"with --threads {spec.threads}"
                 )
     return peaks

@@ -61,14 +61,14 @@ class Forecaster:
         return forecast.profile or self._calibrated(config)
 
     def detailed(self, config: Config) -> MemoryProfile:
-        """The step as far as it is known, with a row a unit and the unit of its peak; nothing is run."""
-        key = f"{_config_key(config)} detailed"
+        """The step as far as it is known, with a row a unit and its timeline; nothing is run."""
+        key = f"{_config_key(config)} with timeline"
         text = self._kept().get(key)
         if text:
             return MemoryProfile.model_validate_json(text)
         with threads(self._spec):
             step = simulate(self._graph, config, self._spec, details=True)
-            profile = profile_of(step, config, self._spec, self._threads, details=False)
+            profile = profile_of(step, config, self._spec, self._threads, details=True)
         self._unsaved[key] = profile.model_dump_json(exclude_none=True)
         return profile
 

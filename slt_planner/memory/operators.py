@@ -265,6 +265,8 @@ def _fake(spec: TensorSpec) -> FakeTensor:
 
 @cache
 def _fake_mode() -> FakeTensorMode:
+    # The mode pretends that there is a GPU; autograd that starts after that has a thread for it, and can't be forked.
+    torch.zeros((), requires_grad=True).backward()
     mode = FakeTensorMode()
     mode.cache_enabled = False  # what is asked here is new, and to look it up takes a third of the time
     return mode

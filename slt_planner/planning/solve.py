@@ -10,7 +10,8 @@ from slt_planner.config import Config, StepSpec, Tier, equal_tiers
 from slt_planner.environment import environment
 from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.graph.trace import ModelGraph
-from slt_planner.planning.bench import Bench, Progress, silent
+from slt_planner.memory.profile import MemoryProfile
+from slt_planner.planning.bench import Bench, Progress, StepBench, silent
 from slt_planner.planning.infeasible import Infeasibility, explain
 from slt_planner.planning.levers import lever_sets
 from slt_planner.planning.plan import (
@@ -124,13 +125,20 @@ def solve(
             rounds_policy=rounds_policy,
             lever_sets=sets,
             environment=environment(spec.threads or 0),
-            full_network=bench.plain.profile(bench.whole).model_copy(
-                update={"units": bench.plain.detailed(bench.whole).units}
-            ),
+            full_network=_whole_network(bench.plain, bench.whole),
             stages=_shared_stages(next(tier for tier in tier_plans if tier.stages), rounds_policy),
             tiers=tier_plans,
             trade_off=trade_off(bench, ordered) if map_trade_off and bench.predicts else None,
         )
+
+
+def _whole_network(bench: StepBench, whole: Config) -> MemoryProfile:
+    """The network's own step with its units; and its timeline, unless that is a foreseen one with another peak."""
+    profile, detailed = bench.profile(whole), bench.detailed(whole)
+    update: dict[str, object] = {"units": detailed.units}
+    if detailed.peak_bytes == profile.peak_bytes:
+        update |= {"resident": detailed.resident, "timeline": detailed.timeline}
+    return profile.model_copy(update=update)
 
 
 def _ordered_tiers(tiers: Sequence[str] | Sequence[Tier]) -> tuple[Tier, ...]:

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from slt_planner.config import StepSpec
@@ -71,6 +73,13 @@ def test_several_strategies_and_seeds_in_one_command(command, plan, tmp_path):
     assert timeless(tmp_path / "one") == timeless(tmp_path / "run" / "small-seed5")
 
 
+def runs(process):
+    """Whether a process is there, and not only its number."""
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def wait_for(file, lines, process):
     deadline = time.monotonic() + 120
     while not (file.exists() and file.read_bytes().count(b"\n") >= lines):
@@ -99,6 +108,29 @@ def test_resuming_a_folder_of_runs_after_kill_9(command, plan, tmp_path):
     again = command("slt-train", "--resume", "run")
     assert again.code == 0
     assert "run/slt-seed1: finished after 12 rounds, nothing is left to do" in again.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_kill_9_ends_the_workers_and_the_run_goes_on_to_the_same_end(command, plan, tmp_path):
+    words = [*WORDS, "--rounds", "12", "--workers", "2"]
+    assert command("slt-train", *words[:-2], "--out", "alone").code == 0
+    process = started(tmp_path, *words, "--out", "run")
+    own = psutil.Process(process.pid)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 2, process)
+    workers = []
+    while not workers:  # there are some most of the time: they live as long as a round's training
+        workers = own.children()
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while any(map(runs, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    done = command("slt-train", "--resume", "run")
+    assert done.code == 0, done.err
+    (rows, _, weights), (rows_alone, _, weights_alone) = timeless(tmp_path / "run"), timeless(tmp_path / "alone")
+    assert rows == rows_alone
+    assert weights == weights_alone
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def test_evaluation_counts_every_image_once_and_never_a_batch_of_one(dataset):
         assert torch.equal(torch.cat(pieces), torch.arange(total))
         assert all(len(piece) > 1 for piece in pieces) or total == 1
     model = extract(GRAPH, network(), Config.full_network())
-    accuracy, loss = evaluate(model, dataset, SPEC, seed=1)
+    accuracy, loss = evaluate(model, dataset, seed=1)
     logits = model.eval()(normalise(dataset.test_images, dataset))
     assert accuracy == pytest.approx((logits.argmax(1) == dataset.test_labels).float().mean().item())
     assert loss == pytest.approx(F.cross_entropy(logits, dataset.test_labels).item(), rel=1e-5)

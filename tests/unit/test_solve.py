@@ -114,6 +114,15 @@ def test_no_tier_feasible_is_an_error_that_names_the_smallest_budget():
         solve(GRAPH, ["1kB"], SPEC)
 
 
+def test_a_plan_has_the_timeline_of_the_whole_networks_step():
+    own = solve(GRAPH, ["10MB"], SPEC).full_network
+    assert own.source == "MEASURED"
+    assert max(point.live_bytes for point in own.timeline) == own.peak_bytes
+    begin = own.timeline[0].live_bytes - own.timeline[0].change_bytes
+    assert own.resident is not None
+    assert begin == sum(own.resident.values())
+
+
 def test_plans_survive_saving_and_loading(tmp_path):
     plan = solve(GRAPH, ["10MB"], SPEC, model_name="a name")
     path = tmp_path / "folder" / "plan.json"

@@ -1,0 +1,100 @@
+"""The worker engine: several clients of a round at once, each in a process of its own, on one thread."""
+
+import io
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+
+from slt_planner.errors import SltError
+from slt_planner.federated.engines.base import Assignment, RoundLog
+from slt_planner.federated.engines.local import LocalEngine, train_assignment
+from slt_planner.federated.progress import Holders
+from slt_planner.federated.refusals import Screen
+from slt_planner.federated.setup import Run
+from slt_planner.federated.strategies.base import ServerState
+from slt_planner.submodel.merge import Update
+
+
+class WorkerEngine(LocalEngine):
+    """Clients in processes of this machine; the run is the one that a single thread makes, to the bit.
+
+    The processes are forked in each round, so they have its weights, the network and the images without a copy. A
+    forked process can't use torch's pool of threads, so each trains on one; with small networks, several clients on a
+    thread each are faster than one client on several threads (docs/training.md).
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+
+    def run_clients(
+        self,
+        run: Run,
+        state: ServerState,
+        cohort: Sequence[Assignment],
+        holders: Holders,
+        screen: Screen,
+        log: RoundLog,
+    ) -> Iterator[Update]:
+        """As `LocalEngine.run_clients`; no more updates wait to be merged than there are workers, and those that train.
+
+        Raises:
+            SltError: a worker was killed.
+        """
+        context, work = multiprocessing.get_context("fork"), (run, state, cohort)
+        with ProcessPoolExecutor(self._workers, context, initializer=_begin, initargs=work) as pool:
+            asked: deque[Future[tuple[bytes, float]]] = deque()
+            try:
+                for place, assignment in enumerate(cohort):
+                    began = time.perf_counter()
+                    while place + len(asked) < min(len(cohort), place + 2 * self._workers):
+                        asked.append(pool.submit(_train, place + len(asked)))
+                    packed, loss = asked.popleft().result()
+                    trained = torch.load(io.BytesIO(packed), weights_only=True)
+                    samples = len(assignment.indices)
+                    verdict = screen.verdict(assignment.config, trained, samples, loss)
+                    log.train_seconds += time.perf_counter() - began
+                    if log.add(assignment.client, verdict, loss):
+                        yield assignment.config, trained, samples
+            except BrokenProcessPool as error:
+                raise SltError(
+                    "a worker was killed, perhaps because the machine is out of memory; "
+                    "go on with slt-train --resume, or use fewer workers"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+_work: tuple[Run, ServerState, Sequence[Assignment]]  # of the round that a worker was forked in
+
+
+def _begin(run: Run, state: ServerState, cohort: Sequence[Assignment]) -> None:
+    """Make a worker of a forked process: one that ends with its parent, and leaves Ctrl-C to it."""
+    global _work
+    _work = run, state, cohort
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _train(place: int) -> tuple[bytes, float]:
+    """What a client of the cohort trained, packed, and its loss."""
+    run, state, cohort = _work
+    trained, loss = train_assignment(run.graph, state, cohort[place], run.dataset, run.settings.seed)
+    packed = io.BytesIO()
+    torch.save(trained, packed)
+    return packed.getvalue(), loss
