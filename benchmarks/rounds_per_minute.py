@@ -1,10 +1,10 @@
 """How fast the federated trainer is next to a raw PyTorch loop over the same batches.
 
-For some stages of a plan, a round of the trainer (cohort, extraction, augmentation, training, merging, evaluation) and
-the raw loop (the same sub-models on batches that lie ready, plain SGD, one forward pass over the test images) take
-turns, A B A B, in one process. Run on an idle machine:
+For some stages of a plan, a round of the trainer (cohort, extraction, augmentation, training, merging, evaluation), the
+same with several workers, and the raw loop (the same sub-models on batches that lie ready, plain SGD, one forward pass
+over the test images, in batches of the same size) take turns, A B C A B C, in one process. Run on an idle machine:
 
-    python benchmarks/rounds_per_minute.py PLAN DATASET [--stages 0,5,9,13] [--repeats 3] [--out FILE.json]
+    python benchmarks/rounds_per_minute.py PLAN DATASET [--stages 0,5,9,13] [--workers 2] [--out FILE.json]
 """
 
 import argparse
@@ -19,6 +19,10 @@ import torch.nn.functional as F
 from slt_planner.data.datasets import load_dataset, normalise
 from slt_planner.environment import environment
 from slt_planner.federated.client import LocalTraining, client_seed, learning_rate, local_batches
+from slt_planner.federated.engines.base import Engine
+from slt_planner.federated.engines.local import LocalEngine
+from slt_planner.federated.engines.workers import WorkerEngine
+from slt_planner.federated.evaluate import BATCH
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.rounds import draw_cohort, run_round
 from slt_planner.federated.setup import Run, image_shape, load_network, prepare
@@ -28,6 +32,13 @@ from slt_planner.memory.step import threads
 from slt_planner.planning.plan import load_plan
 from slt_planner.planning.rounds import deal_rounds
 from slt_planner.submodel.extract import extract
+
+
+def timed_round(run: Run, state: ServerState, engine: Engine) -> float:
+    """Seconds of the trainer's round."""
+    began = time.perf_counter()
+    run_round(run, state, engine)
+    return time.perf_counter() - began
 
 
 def raw_round(run: Run, state: ServerState, test_batches: list[torch.Tensor]) -> float:
@@ -62,6 +73,7 @@ def main() -> None:
     parser.add_argument("dataset")
     parser.add_argument("--stages", default="0,5,9,13")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rounds_per_minute.json"))
     options = parser.parse_args()
@@ -80,33 +92,45 @@ def main() -> None:
     rounds_of = deal_rounds(options.rounds, [stage.rounds_fraction for stage in plan.stages])
     rows = []
     with threads(plan.step) as number:
-        run = prepare(plan, settings, dataset, load_network(plan, settings.seed))
-        test_batches = list(normalise(dataset.test_images, dataset).split(1024))
+        network = load_network(plan, settings.seed)
+        run = prepare(plan, settings, dataset, network)
+        at_once = prepare(plan, settings.model_copy(update={"workers": options.workers}), dataset, network)
+        test_batches = list(normalise(dataset.test_images, dataset).split(BATCH))
         for stage in map(int, options.stages.split(",")):
             state = ServerState(sum(rounds_of[:stage]), run.start.weights)
             run_round(run, state)  # warm-up
-            pairs = []
-            for _ in range(options.repeats):
-                began = time.perf_counter()
-                run_round(run, state)
-                ours = time.perf_counter() - began
-                pairs.append((ours, raw_round(run, state, test_batches)))
-            ours, raw = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
-            ratio = statistics.median(raw / ours for ours, raw in pairs)
+            turns = [
+                (
+                    timed_round(run, state, LocalEngine()),
+                    timed_round(at_once, state, WorkerEngine(options.workers)),
+                    raw_round(run, state, test_batches),
+                )
+                for _ in range(options.repeats)
+            ]
+            ours, with_workers, raw = map(statistics.median, zip(*turns, strict=True))
+            ratio = statistics.median(raw / ours for ours, _, raw in turns)
+            ratio_with_workers = statistics.median(raw / theirs for _, theirs, raw in turns)
             rows.append(
                 {
                     "stage": stage,
                     "config": str(run.strategy.evaluation_config(state)),
                     "seconds": ours,
+                    "seconds_with_workers": with_workers,
                     "raw_seconds": raw,
                     "speed_of_raw": ratio,
+                    "speed_of_raw_with_workers": ratio_with_workers,
                 }
             )
-            print(f"stage {stage}: {60 / ours:.1f} rounds/min, raw loop {60 / raw:.1f}, {ratio:.1%} of its speed")
+            print(
+                f"stage {stage}: {60 / ours:.1f} rounds/min, {60 / with_workers:.1f} with workers, "
+                f"raw loop {60 / raw:.1f}: {ratio:.1%} and {ratio_with_workers:.1%} of its speed",
+                flush=True,
+            )
     result = {
         "what": "seconds a round: 10 clients, all test images evaluated; medians, ratio of pairs",
         "dataset": dataset.title,
         "batch": plan.batch_size,
+        "workers": options.workers,
         "environment": environment(number),
         "rows": rows,
     }

@@ -1,5 +1,10 @@
 """What all tests share."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is loaded: threads that wait must not keep others from working
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
 import pytest
 import torch
 

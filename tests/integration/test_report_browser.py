@@ -20,6 +20,7 @@ from tests.unit.test_charts import profile_with_timeline, what_if
 
 pytestmark = pytest.mark.browser
 
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # of the last run of these tests, to be looked at
 DRAWN = "html[data-charts=drawn]"
 UNKIND = ["<script>alert(1)</script>" * 40, "n" * 10_000, "$x$ 🦊 \"'`", "</script><img src=x onerror=alert(1)>"]
 COMMAND = "slt-plan resnet20 " + "--a-long-option value " * 20
@@ -104,7 +105,7 @@ def opened(browser: Any, path: Path, width: int = 1200, scheme: str = "light", *
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (380, "dark")])
 @pytest.mark.parametrize("name", ["plan", "unkind", "plans", "runs", "unkind-run"])
 def test_page_draws_its_charts_and_fits(
-    browser: Any, reports: dict[str, Path], tmp_path: Path, name: str, width: int, scheme: str
+    browser: Any, reports: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:
     with opened(browser, reports[name], width, scheme) as page:
         charts = page.locator("figure > .chart").all()
@@ -118,7 +119,7 @@ def test_page_draws_its_charts_and_fits(
             assert drawing["height"] > 100
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("document.body.scrollWidth") <= width
-        page.screenshot(path=tmp_path / f"{name}-{width}-{scheme}.png", full_page=True)
+        page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
 
 
 def test_numbers_on_the_page_are_those_of_the_record(browser: Any, plan: Plan, reports: dict[str, Path]) -> None:

@@ -324,3 +324,12 @@ def test_a_plan_for_another_device_is_not_run_here(full_plan, dataset):
     elsewhere = full_plan.model_copy(update={"step": full_plan.step.model_copy(update={"device": "cuda"})})
     with pytest.raises(InputError, match="the plan is for cuda"):
         prepared(elsewhere, dataset)
+
+
+def test_with_a_single_tier_nested_widths_are_the_small_network_to_the_bit(tmp_path, dataset):
+    weakest = tiny_runs.scheduled_plan().tiers[1].model_copy(update={"share": 1.0})
+    plan = tiny_runs.scheduled_plan().model_copy(update={"tiers": (weakest,)})
+    for strategy in ("small", "heterofl"):
+        run(plan, dataset, tmp_path / strategy, strategy=strategy, rounds=3)
+    small, nested = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("small", "heterofl"))
+    assert small == nested
