@@ -27,7 +27,7 @@ from slt_planner.planning.plan import load_plan
 from slt_planner.planning.solve import solve
 from tests.in_process_grid import InProcessGrid
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow]
+pytestmark = pytest.mark.flower
 
 SPEC = StepSpec(batch_size=16, threads=1)
 OPTIONS = FlowerOptions(deadline_s=300)
@@ -70,7 +70,11 @@ def in_process(folder, plan, settings, gone_from_round):
     plain = grid.get_node_ids
     grid.get_node_ids = lambda: plain()[: 2 if rows_in(folder / "run") + 1 >= gone_from_round else None]
     config = {"plan": str(plan), "out": str(folder / "run")}
-    config |= {name.replace("_", "-"): value for name, value in settings.model_dump().items() if value is not None}
+    config |= {
+        name.replace("_", "-"): value
+        for name, value in settings.model_dump(exclude={"workers"}).items()
+        if value is not None
+    }
     return serve(grid, config)
 
 
@@ -101,6 +105,7 @@ def test_a_federation_goes_on_without_a_node_that_is_killed(tmp_path, plan, one_
     assert (tmp_path / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_its_superlink_was_killed(tmp_path, plan, one_thread):
     app, settings = app_of(tmp_path, plan, clients=2, cohort_size=2, rounds=2)
     with LocalFederation(tmp_path, 2, {"OMP_NUM_THREADS": "1"}) as federation:
@@ -125,6 +130,7 @@ def children():
     return {number: words for number, words in found.items() if words}  # what has ended has none
 
 
+@pytest.mark.slow
 def test_a_simulation_is_the_same_run_and_leaves_no_process(tmp_path, plan, one_thread):
     before = children()
     settings = RunSettings(strategy="slt", dataset="digits", rounds=2, local_batch=16, seed=1, clients=3, cohort_size=2)
