@@ -2,7 +2,7 @@
 
 For some stages of a plan, a round of the trainer (cohort, extraction, augmentation, training, merging, evaluation), the
 same with several workers, and the raw loop (the same sub-models on batches that lie ready, plain SGD, one forward pass
-over the test images, in batches of the same size) take turns, A B C A B C, in one process. Run on an idle machine:
+over the test images, in batches and a memory format as the trainer's) take turns, A B C A B C, in one process. Run on an idle machine:
 
     python benchmarks/rounds_per_minute.py PLAN DATASET [--stages 0,5,9,13] [--workers 2] [--out FILE.json]
 """
@@ -22,7 +22,7 @@ from slt_planner.federated.client import LocalTraining, client_seed, learning_ra
 from slt_planner.federated.engines.base import Engine
 from slt_planner.federated.engines.local import LocalEngine
 from slt_planner.federated.engines.workers import WorkerEngine
-from slt_planner.federated.evaluate import BATCH
+from slt_planner.federated.evaluate import BATCH, evaluation_format
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.rounds import draw_cohort, run_round
 from slt_planner.federated.setup import Run, image_shape, load_network, prepare
@@ -53,6 +53,8 @@ def raw_round(run: Run, state: ServerState, test_batches: list[torch.Tensor]) ->
         batches = list(local_batches(run.dataset, assignment.indices, training, generator))
         work.append((extract(run.graph, state.weights, assignment.config), batches))
     judged = extract(run.graph, state.weights, run.strategy.evaluation_config(state)).eval()
+    layout = evaluation_format(judged)
+    judged.to(memory_format=layout)
     began = time.perf_counter()
     for model, batches in work:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -63,7 +65,7 @@ def raw_round(run: Run, state: ServerState, test_batches: list[torch.Tensor]) ->
             optimizer.step()
     with torch.inference_mode():
         for images in test_batches:
-            judged(images)
+            judged(images.to(memory_format=layout))
     return time.perf_counter() - began
 
 
