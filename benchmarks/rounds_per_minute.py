@@ -2,8 +2,8 @@
 
 For some stages of a plan, a round of the trainer (cohort, extraction, augmentation, training, merging, evaluation), the
 same with several workers, and the raw loop (the same sub-models on batches that lie ready, plain SGD, one forward pass
-over the test images, in batches and a memory format as the trainer's) take turns, A B C A B C, in one process. Run on an
-idle machine:
+over the test images, in batches and a memory format as the trainer's) take turns, A B C A B C, in one process. Run on
+an idle machine:
 
     python benchmarks/rounds_per_minute.py PLAN DATASET [--stages 0,5,9,13] [--workers 2] [--out FILE.json]
 """
