@@ -92,12 +92,16 @@ class SubModel(nn.Module):
 
     def run_traced(self, *inputs: Any) -> Any:
         """The part that was traced and cut; usually all of the network."""
-        if self.training not in self._forwards:
-            self._forwards[self.training] = self._compiled(self.training)
         outputs = inputs
-        for forward in self._forwards[self.training]:
+        for forward in self.passes(self.training):
             outputs = forward(self, *outputs)
         return pytree.tree_unflatten(list(outputs), self.extraction.graph.programs[self.training].structure)
+
+    def passes(self, mode: bool) -> list[Forward]:
+        """The functions of a forward pass in training or evaluation mode; made once, and copies have them."""
+        if mode not in self._forwards:
+            self._forwards[mode] = self._compiled(mode)
+        return self._forwards[mode]
 
     @contextmanager
     def following_units(self, enter: Callable[[int], None]) -> Iterator[None]:

@@ -1,20 +1,20 @@
 """The local engine: the clients of a round one after the other, in this process."""
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from slt_planner.data.datasets import Dataset
+from slt_planner.config import Config, StepSettings
 from slt_planner.federated.client import client_seed, train_client
 from slt_planner.federated.engines.base import Assignment, RoundLog
 from slt_planner.federated.progress import Holders
 from slt_planner.federated.refusals import Screen
 from slt_planner.federated.setup import Run
 from slt_planner.federated.strategies.base import ServerState
-from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.step import as_trained
-from slt_planner.submodel.extract import extract
+from slt_planner.submodel.extract import SubModel, extract
 from slt_planner.submodel.merge import Update
 
 
@@ -38,14 +38,15 @@ class LocalEngine:
         screen: Screen,
         log: RoundLog,
     ) -> Iterator[Update]:
-        """Train each client and yield its update, in the cohort's order; only one sub-model is alive at a time.
+        """Train each client and yield its update, in the cohort's order; one trains at a time.
 
         An update that the screen refuses is named in the log, and the round goes on without it. Where the training
         enforces budgets, a step that would pass its client's raises BudgetExceeded.
         """
+        sent = SentModels(run, state)
         for assignment in cohort:
             began = time.perf_counter()
-            trained, loss = train_assignment(run.graph, state, assignment, run.dataset, run.settings.seed)
+            trained, loss = train_assignment(run, state, assignment, sent)
             samples = len(assignment.indices)
             verdict = screen.verdict(assignment.config, trained, samples, loss)
             log.train_seconds += time.perf_counter() - began
@@ -54,17 +55,38 @@ class LocalEngine:
             del trained
 
 
+class SentModels:
+    """The sub-models of a round as clients get them: each kind is cut once, then copied.
+
+    A tier's clients mostly get the same kind; no more kinds are kept than there are tiers.
+    """
+
+    def __init__(self, run: Run, state: ServerState) -> None:
+        self._run, self._state = run, state
+        self._kept: dict[tuple[Config, StepSettings], SubModel] = {}
+
+    def to(self, assignment: Assignment) -> SubModel:
+        """That of a client, to be trained in place."""
+        config, step = assignment.config, assignment.training.step
+        if (config, step) not in self._kept:
+            if len(self._kept) == len(self._run.plan.tiers):
+                self._kept.pop(next(iter(self._kept)))
+            cut = as_trained(extract(self._run.graph, self._state.weights, config, step.norms), step)
+            cut.passes(True)
+            self._kept[config, step] = cut
+        return copy.deepcopy(self._kept[config, step])
+
+
 def train_assignment(
-    graph: ModelGraph, state: ServerState, assignment: Assignment, dataset: Dataset, seed: int
+    run: Run, state: ServerState, assignment: Assignment, sent: SentModels
 ) -> tuple[dict[str, Tensor], float]:
     """What a client of the next round has trained, by name, and its mean loss.
 
     Raises:
         BudgetExceeded: a step would pass the client's budget, and the training enforces it.
     """
-    training = assignment.training
-    model = as_trained(extract(graph, state.weights, assignment.config, training.step.norms), training.step)
-    own_seed = client_seed(seed, state.round + 1, assignment.client)
+    training, model = assignment.training, sent.to(assignment)
+    own_seed = client_seed(run.settings.seed, state.round + 1, assignment.client)
     budget = assignment.budget_bytes if training.enforce else None
-    loss = train_client(model, dataset, assignment.indices, training, own_seed, budget)
+    loss = train_client(model, run.dataset, assignment.indices, training, own_seed, budget)
     return model.trained_state(), loss

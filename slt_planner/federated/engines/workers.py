@@ -15,7 +15,7 @@ import torch
 
 from slt_planner.errors import SltError
 from slt_planner.federated.engines.base import Assignment, RoundLog
-from slt_planner.federated.engines.local import LocalEngine, train_assignment
+from slt_planner.federated.engines.local import LocalEngine, SentModels, train_assignment
 from slt_planner.federated.progress import Holders
 from slt_planner.federated.refusals import Screen
 from slt_planner.federated.setup import Run
@@ -72,13 +72,13 @@ class WorkerEngine(LocalEngine):
                 pool.shutdown(cancel_futures=True)
 
 
-_work: tuple[Run, ServerState, Sequence[Assignment]]  # of the round that a worker was forked in
+_work: tuple[Run, ServerState, Sequence[Assignment], SentModels]  # of the round that a worker was forked in
 
 
 def _begin(run: Run, state: ServerState, cohort: Sequence[Assignment]) -> None:
     """Make a worker of a forked process: one that ends with its parent, and leaves Ctrl-C to it."""
     global _work
-    _work = run, state, cohort
+    _work = run, state, cohort, SentModels(run, state)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -93,8 +93,8 @@ def _end_with_parent() -> None:
 
 def _train(place: int) -> tuple[bytes, float]:
     """What a client of the cohort trained, packed, and its loss."""
-    run, state, cohort = _work
-    trained, loss = train_assignment(run.graph, state, cohort[place], run.dataset, run.settings.seed)
+    run, state, cohort, sent = _work
+    trained, loss = train_assignment(run, state, cohort[place], sent)
     packed = io.BytesIO()
     torch.save(trained, packed)
     return packed.getvalue(), loss
