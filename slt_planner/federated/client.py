@@ -52,6 +52,8 @@ def train_client(
         steps = [
             _Step(trained, training.step, _limit(budget_bytes, model, trained)) for trained in _widths(model, training)
         ]
+        for step in steps:
+            step.trained.model.train()
         total, images = torch.zeros(()), 0
         for batch, labels in local_batches(dataset, indices, training, generator):
             step = steps[0] if len(steps) == 1 else steps[int(torch.randint(len(steps), (), generator=generator))]
@@ -89,7 +91,7 @@ class _Step:
 
     def run(self, batch: Tensor, labels: Tensor) -> Tensor:
         """One step; gives the loss."""
-        model, optimizer = self.trained.model.train(), self.trained.optimizer
+        model, optimizer = self.trained.model, self.trained.optimizer
         adapter = model.extraction.graph.adapter
         with self.limit:
             return training_step(model, optimizer, batch, labels, self.settings, adapter)
