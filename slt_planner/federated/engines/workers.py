@@ -27,8 +27,7 @@ class WorkerEngine(LocalEngine):
     """Clients in processes of this machine; the run is the one that a single thread makes, to the bit.
 
     The processes are forked in each round, so they have its weights, the network and the images without a copy. A
-    forked process can't use torch's pool of threads, so each trains on one; with small networks, several clients on a
-    thread each are faster than one client on several threads (docs/training.md).
+    forked process can't use torch's pool of threads, so each trains on one; when that is faster: docs/training.md.
     """
 
     def __init__(self, workers: int) -> None:
