@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
+import torch
 
 from slt_planner.config import StepSpec
 from slt_planner.federated.result import TIMING_FIELDS
@@ -110,7 +111,9 @@ def test_resuming_a_folder_of_runs_after_kill_9(command, plan, tmp_path):
     assert "run/slt-seed1: finished after 12 rounds, nothing is left to do" in again.err
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+@pytest.mark.skipif(
+    sys.platform != "linux" or torch.cuda.is_available(), reason="workers are forked, on Linux and without a GPU"
+)
 def test_kill_9_ends_the_workers_and_the_run_goes_on_to_the_same_end(command, plan, tmp_path):
     words = [*WORDS, "--rounds", "12", "--workers", "2"]
     assert command("slt-train", *words[:-2], "--out", "alone").code == 0

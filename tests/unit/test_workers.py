@@ -14,6 +14,10 @@ from slt_planner.federated.result import TIMING_FIELDS
 from slt_planner.federated.rounds import run_round
 from tests.unit.tiny_runs import dataset, full_plan, prepared, run, scheduled_plan
 
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or torch.cuda.is_available(), reason="workers are forked, on Linux and without a GPU"
+)
+
 
 def rows(result):
     return [row.model_dump(exclude=TIMING_FIELDS) for row in result.rows]
