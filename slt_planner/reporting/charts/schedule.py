@@ -12,6 +12,7 @@ from slt_planner.reporting.words import brief_scale, count, scale_text, shorten
 
 _ROW, _GAP, _TOP, _BOTTOM = 165, 58, 74, 46  # pixels
 _WRITTEN = 3.0  # percent of the rounds: a stage that has fewer has no room for its number
+_TURNED = 1.2  # percent: a narrower head has no room for its scale, written upwards
 _NAMES = {"frozen": "frozen", "trained": "trained at full width", "head": "head, at the scale written in it"}
 
 
@@ -99,7 +100,7 @@ def _part_trace(part: str, boxes: Sequence[_Box], tier: str) -> Trace:
         legendgroup=part,
     )
     if part == "head":
-        texts = [brief_scale(box.scale) for box in boxes]
+        texts = [brief_scale(box.scale) if box.width >= _TURNED else "" for box in boxes]  # the others would be hidden
         font = {"color": "#3a2c00", "size": 12}
         trace |= {"text": texts, "textposition": "inside", "insidetextanchor": "middle", "insidetextfont": font}
         trace["marker"] = trace["marker"] | {"line": {"color": PAPER, "width": 1}}
