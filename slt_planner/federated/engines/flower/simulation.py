@@ -56,9 +56,14 @@ def simulate(
     def find_site(brief: Brief, config: Mapping[str, object]) -> Site:
         return site_of(brief, {**config, "model": model or ""})
 
-    resources = {"client_resources": {"num_cpus": run.plan.step.threads or 1, "num_gpus": 0.0}}
+    threads = run.plan.step.threads or 1
     with _interrupt_sets(stopping), _only_warnings():
-        run_simulation(server, client_app(find_site), run.settings.clients, backend_config=resources)
+        run_simulation(
+            server,
+            client_app(find_site),
+            run.settings.clients,
+            backend_config={"client_resources": {"num_cpus": threads, "num_gpus": 0.0}},
+        )
     if not results:
         raise SltError("Flower's simulation ended before the run did; go on with it")
     return results[0]
