@@ -127,8 +127,7 @@ def main(parts: list[str]) -> None:
 
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for part in parts or PARTS:
-        result[part] = PARTS[part]()
-        result["environment"] = environment(torch.get_num_threads())
+        result[part] = {"environment": environment(torch.get_num_threads()), "rows": PARTS[part]()}
         write_text(RESULT, json.dumps(result, indent=1) + "\n", force=True)
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from slt_planner.federated.strategies.base import ServerState
 from slt_planner.memory.step import as_trained
 from slt_planner.submodel.extract import SubModel, extract
 from slt_planner.submodel.merge import Update
+
+Trained: TypeAlias = tuple[dict[str, Tensor], float]
+"""What a client sends back, by name, and its mean loss."""
 
 
 class LocalEngine:
@@ -38,21 +43,27 @@ class LocalEngine:
         screen: Screen,
         log: RoundLog,
     ) -> Iterator[Update]:
-        """Train each client and yield its update, in the cohort's order; one trains at a time.
+        """Train each client and yield its update, in the cohort's order.
 
         An update that the screen refuses is named in the log, and the round goes on without it. Where the training
         enforces budgets, a step that would pass its client's raises BudgetExceeded.
         """
+        with closing(self.train_cohort(run, state, cohort)) as training:
+            for assignment in cohort:
+                began = time.perf_counter()
+                trained, loss = next(training)
+                samples = len(assignment.indices)
+                verdict = screen.verdict(assignment.config, trained, samples, loss)
+                log.train_seconds += time.perf_counter() - began
+                if log.add(assignment.client, verdict, loss):
+                    yield assignment.config, trained, samples
+                del trained
+
+    def train_cohort(self, run: Run, state: ServerState, cohort: Sequence[Assignment]) -> Generator[Trained]:
+        """What each client has trained, in the cohort's order; one trains at a time."""
         sent = SentModels(run, state)
         for assignment in cohort:
-            began = time.perf_counter()
-            trained, loss = train_assignment(run, state, assignment, sent)
-            samples = len(assignment.indices)
-            verdict = screen.verdict(assignment.config, trained, samples, loss)
-            log.train_seconds += time.perf_counter() - began
-            if log.add(assignment.client, verdict, loss):
-                yield assignment.config, trained, samples
-            del trained
+            yield train_assignment(run, state, assignment, sent)
 
 
 class SentModels:
@@ -77,10 +88,8 @@ class SentModels:
         return copy.deepcopy(self._kept[config, step])
 
 
-def train_assignment(
-    run: Run, state: ServerState, assignment: Assignment, sent: SentModels
-) -> tuple[dict[str, Tensor], float]:
-    """What a client of the next round has trained, by name, and its mean loss.
+def train_assignment(run: Run, state: ServerState, assignment: Assignment, sent: SentModels) -> Trained:
+    """What a client of the next round has trained.
 
     Raises:
         BudgetExceeded: a step would pass the client's budget, and the training enforces it.

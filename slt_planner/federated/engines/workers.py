@@ -5,22 +5,18 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
 from slt_planner.errors import SltError
-from slt_planner.federated.engines.base import Assignment, RoundLog
-from slt_planner.federated.engines.local import LocalEngine, SentModels, train_assignment
-from slt_planner.federated.progress import Holders
-from slt_planner.federated.refusals import Screen
+from slt_planner.federated.engines.base import Assignment
+from slt_planner.federated.engines.local import LocalEngine, SentModels, Trained, train_assignment
 from slt_planner.federated.setup import Run
 from slt_planner.federated.strategies.base import ServerState
-from slt_planner.submodel.merge import Update
 
 
 class WorkerEngine(LocalEngine):
@@ -33,42 +29,28 @@ class WorkerEngine(LocalEngine):
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
-    def run_clients(
-        self,
-        run: Run,
-        state: ServerState,
-        cohort: Sequence[Assignment],
-        holders: Holders,
-        screen: Screen,
-        log: RoundLog,
-    ) -> Iterator[Update]:
-        """As `LocalEngine.run_clients`; no more updates wait to be merged than there are workers, and those that train.
+    def train_cohort(self, run: Run, state: ServerState, cohort: Sequence[Assignment]) -> Generator[Trained]:
+        """As `LocalEngine.train_cohort`; at most twice as many clients as there are workers are ahead of what is taken.
 
         Raises:
             SltError: a worker was killed.
         """
         context, work = multiprocessing.get_context("fork"), (run, state, cohort)
-        with ProcessPoolExecutor(self._workers, context, initializer=_begin, initargs=work) as pool:
-            asked: deque[Future[tuple[bytes, float]]] = deque()
-            try:
-                for place, assignment in enumerate(cohort):
-                    began = time.perf_counter()
-                    while place + len(asked) < min(len(cohort), place + 2 * self._workers):
-                        asked.append(pool.submit(_train, place + len(asked)))
-                    packed, loss = asked.popleft().result()
-                    trained = torch.load(io.BytesIO(packed), weights_only=True)
-                    samples = len(assignment.indices)
-                    verdict = screen.verdict(assignment.config, trained, samples, loss)
-                    log.train_seconds += time.perf_counter() - began
-                    if log.add(assignment.client, verdict, loss):
-                        yield assignment.config, trained, samples
-            except BrokenProcessPool as error:
-                raise SltError(
-                    "a worker was killed, perhaps because the machine is out of memory; "
-                    "go on with slt-train --resume, or use fewer workers"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+        pool = ProcessPoolExecutor(self._workers, context, initializer=_begin, initargs=work)
+        asked: deque[Future[tuple[bytes, float]]] = deque()
+        try:
+            for place in range(len(cohort)):
+                while place + len(asked) < min(len(cohort), place + 2 * self._workers):
+                    asked.append(pool.submit(_train, place + len(asked)))
+                packed, loss = asked.popleft().result()
+                yield torch.load(io.BytesIO(packed), weights_only=True), loss
+        except BrokenProcessPool as error:
+            raise SltError(
+                "a worker was killed, perhaps because the machine is out of memory; "
+                "go on with slt-train --resume, or use fewer workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _work: tuple[Run, ServerState, Sequence[Assignment], SentModels]  # of the round that a worker was forked in
