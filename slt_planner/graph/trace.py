@@ -66,6 +66,11 @@ class ModelGraph:
         return dict(self.skeleton.named_modules())
 
     @cached_property
+    def stored(self) -> dict[str, Tensor]:
+        """The skeleton's state dict: parameters and buffers under all their names, without values."""
+        return self.skeleton.state_dict()
+
+    @cached_property
     def _counts(self) -> tuple[tuple[int, int], ...]:
         """(unit, number of legal steps) of every width that is scaled."""
         nodes = self.programs[True].graph.nodes

@@ -9,6 +9,7 @@ from slt_planner.environment import digest
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory import known
 from slt_planner.memory.calibrate import learn
+from slt_planner.memory.composed import Composer
 from slt_planner.memory.predict import missing_operators, profile_of
 from slt_planner.memory.profile import MemoryProfile, StepCosts
 from slt_planner.memory.simulate import SimulatedStep, simulate
@@ -39,6 +40,7 @@ class Forecaster:
         self._made: dict[Config, Forecast] = {}
         self._unsaved: dict[str, str] = {}
         self._last: tuple[Config, SimulatedStep] | None = None
+        self._composer = Composer(graph, self._spec)
         self._step = digest(f"{graph.hash} {self._spec.model_dump_json()}") if _is_open(graph) else None
 
     def forecast(self, config: Config) -> Forecast:
@@ -108,7 +110,8 @@ class Forecaster:
         """The step of a configuration; the last one is at hand, because what comes next often needs it again."""
         if self._last is None or self._last[0] != config:
             with threads(self._spec):
-                self._last = config, simulate(self._graph, config, self._spec, details=False)
+                step = self._composer.step(config) or simulate(self._graph, config, self._spec, details=False)
+                self._last = config, step
         return self._last[1]
 
     def _note(self, config: Config, forecast: Forecast) -> Forecast:

@@ -1,11 +1,11 @@
 """Tensors without values: all that is said of one, and tensors that look like one and own no memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import (
     compute_required_storage_length,
     make_channels_last_strides_for,
@@ -99,3 +99,23 @@ class Hollow(Tensor):
         with torch._C._DisableTorchDispatch():
             plain = torch.as_strided(tensor, spec.shape, spec.stride, offset)
             return torch.Tensor._make_subclass(Hollow, plain)
+
+
+def make_hollow(module: nn.Module, device: torch.device) -> None:
+    """Turn parameters and buffers on the meta device into hollow ones on another, shared ones staying shared."""
+    made: dict[int, Hollow] = {}
+
+    def hollow(tensor: Tensor) -> Hollow:
+        if id(tensor) not in made:
+            made[id(tensor)] = own = Hollow.of(replace(TensorSpec.of(tensor), device=device))
+            own.requires_grad_(tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter):
+                own._is_param = True  # as nn.Parameter does with a tensor of another class
+        return made[id(tensor)]
+
+    for part in module.modules():
+        own: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in own:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = hollow(tensor)

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from slt_planner.config import Config, StepSpec
 from slt_planner.environment import environment
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory import known
 from slt_planner.memory.operators import Operator
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile
-from slt_planner.memory.simulate import Call, SimulatedStep, simulate
+from slt_planner.memory.simulate import SimulatedStep, simulate
 from slt_planner.memory.step import device_name, threads
-from slt_planner.memory.timeline import Change, find_peak, timeline
+from slt_planner.memory.storages import Column
+from slt_planner.memory.timeline import Change, Peak, timeline
+from slt_planner.memory.watch import Call
 
 
 def predict(graph: ModelGraph, config: Config, spec: StepSpec, details: bool = True) -> MemoryProfile:
@@ -48,7 +52,7 @@ def profile_of(
     growths = known.growths(spec.device, number_of_threads)
     missing = missing_operators(step, growths)
     history = _History(step, {} if missing else growths, _BLOCK_BYTES[spec.device])
-    peak = find_peak(history.resident, history.changes)
+    peak = history.peak()
     return MemoryProfile(
         config=config,
         spec=spec.model_copy(update={"threads": number_of_threads}),
@@ -66,7 +70,7 @@ def profile_of(
         resident=history.resident,
         environment=environment(number_of_threads),
         units=step.units,
-        timeline=timeline(history.resident, history.changes) if details else (),
+        timeline=timeline(history.resident, history.changes()) if details else (),
     )
 
 
@@ -85,38 +89,50 @@ def _growth(call: Call, growths: Mapping[str, int]) -> int | None:
 
 
 class _History:
-    """How live bytes change during a simulated step."""
+    """How live bytes change during a simulated step: what is there at its begin, and its peak."""
 
     def __init__(self, step: SimulatedStep, growths: Mapping[str, int], block: int) -> None:
-        self.resident: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
-        born: dict[int, list[tuple[int, Category]]] = {}
-        gone: dict[int, list[tuple[int, Category]]] = {}
-        for storage in step.storages:
-            saved = storage.saved_by is not None and storage.category == "temporaries"
-            size = -(-storage.size // block) * block
-            entry = (size, "activations" if saved else storage.category)
-            if storage.begin < 0:
-                self.resident[storage.category] += size
-            else:
-                born.setdefault(storage.begin, []).append(entry)
-            gone.setdefault(storage.end, []).append(entry)
-        self.changes = list(self._changes(step.calls, born, gone, growths))
+        self._calls, self._storages = step.calls, step.storages.in_blocks(block)
+        self._growths = np.array([_growth(call, growths) or 0 for call in step.calls], dtype=np.int64)
+        self.resident = _named(self._storages.by_category(self._storages.resident))
 
-    @staticmethod
-    def _changes(
-        calls: list[Call],
-        born: Mapping[int, list[tuple[int, Category]]],
-        gone: Mapping[int, list[tuple[int, Category]]],
-        growths: Mapping[str, int],
-    ) -> Iterator[Change]:
-        for number, call in enumerate(calls):
+    def peak(self) -> Peak:
+        """The first moment with the most live bytes; inside an operator its outputs count as there already."""
+        count = len(self._calls)
+        born, gone = self._storages.born(count), self._storages.gone(count)
+        scratch = np.maximum(self._growths - born, 0)
+        begin = sum(self.resident.values())
+        live = begin + (born - gone).cumsum()
+        at = int((live + scratch).argmax())
+        if live[at] + scratch[at] <= begin:
+            return Peak(begin, self.resident, "(none)", 0)
+        there = (self._storages.begin <= at) & (self._storages.end > at)
+        breakdown = _named(self._storages.by_category(there)) | {"workspace": int(scratch[at])}
+        call = self._calls[at]
+        return Peak(int(live[at] + scratch[at]), breakdown, call.operator.name, call.unit, call.phase)
+
+    def changes(self) -> Iterator[Change]:
+        """One after the other."""
+        born, gone = self._by_call(self._storages.begin), self._by_call(self._storages.end)
+        for number, call in enumerate(self._calls):
             for size, category in gone.get(number, ()):
                 yield Change(-size, category, "", call.unit, phase=call.phase)
             name = call.operator.name
-            scratch = _growth(call, growths) or 0
+            scratch = int(self._growths[number])
             for size, category in born.get(number, ()):
                 yield Change(size, category, name, call.unit, phase=call.phase)
                 scratch -= size
             if scratch > 0:
                 yield Change(scratch, "workspace", name, call.unit, phase=call.phase)
                 yield Change(-scratch, "workspace", name, call.unit, phase=call.phase)
+
+    def _by_call(self, places: Column) -> dict[int, list[tuple[int, Category]]]:
+        found: dict[int, list[tuple[int, Category]]] = {}
+        columns = (places, self._storages.size, self._storages.category)
+        for place, size, category in zip(*(column.tolist() for column in columns), strict=True):
+            found.setdefault(place, []).append((size, CATEGORIES[category]))
+        return found
+
+
+def _named(bytes_by_category: Column) -> dict[Category, int]:
+    return dict(zip(CATEGORIES, bytes_by_category.tolist(), strict=True))

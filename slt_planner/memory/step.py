@@ -61,15 +61,15 @@ def training_step(
     pieces = step.pieces(len(batch))
     if "early_updates" in step.levers:
         with _early_updates(optimizer):
-            return _add_gradients(model, batch, labels, step, adapter)
+            return add_gradients(model, batch, labels, step, adapter)
     if len(pieces) == 1:
-        loss = _add_gradients(model, batch, labels, step, adapter)
+        loss = add_gradients(model, batch, labels, step, adapter)
     else:
         loss, begin = torch.zeros((), device=batch.device), 0
         for size in pieces:
             chosen = slice(begin, begin + size)
             own = adapter.labels_of(labels, chosen)
-            loss += _add_gradients(model, batch[chosen], own, step, adapter, share=size / len(batch))
+            loss += add_gradients(model, batch[chosen], own, step, adapter, share=size / len(batch))
             begin += size
     optimizer.step()
     return loss
@@ -102,7 +102,7 @@ def _early_updates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             handle.remove()
 
 
-def _add_gradients(
+def add_gradients(
     model: nn.Module, batch: Tensor, labels: Any, step: StepSettings, adapter: Adapter, share: float = 1.0
 ) -> Tensor:
     """Forward and backward of some samples; gives the share of the loss that they count with, detached."""
@@ -154,6 +154,16 @@ def as_batch(images: Tensor, step: StepSettings) -> Tensor:
     return images.to(memory_format=memory_format(step)) if images.dim() == 4 else images
 
 
+def example_batch(
+    spec: StepSpec, adapter: Adapter, input_shape: tuple[int, ...], num_classes: int
+) -> tuple[Tensor, Any]:
+    """Random images (N, ...), ready for the step, and labels."""
+    with torch.device(spec.device):
+        images = torch.randn(spec.batch_size, *input_shape)
+        labels = adapter.example_labels(spec.batch_size, num_classes, input_shape)
+    return as_batch(images, spec), labels
+
+
 @contextmanager
 def threads(step: StepSettings) -> Iterator[int]:
     """Run with the step's number of threads (torch's own where it names none); gives that number."""
@@ -177,6 +187,21 @@ def device_name(device: str, number_of_threads: int) -> str:
     if device == "cuda":
         return f"cuda, {torch.cuda.get_device_name()}"
     return f"cpu, {number_of_threads} thread{'s' if number_of_threads > 1 else ''}"
+
+
+@contextmanager
+def lone_values_refused(batch_size: int) -> Iterator[None]:
+    """Batch norm's refusal of a single value a channel, in our words.
+
+    Raises:
+        InputError: that is what it got.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(f"batch {batch_size}: batch norm would see one value a channel; use 2 or more") from error
 
 
 def _refuse_lone_samples(module: nn.Module, spec: StepSpec) -> None:
@@ -232,19 +257,12 @@ class SteadyStep:
 
     def example_batch(self) -> tuple[Tensor, Any]:
         """Random images (N, ...), ready for the step, and labels."""
-        with torch.device(self._spec.device):
-            images = torch.randn(self._spec.batch_size, *self._input_shape)
-            labels = self._adapter.example_labels(self._spec.batch_size, self._num_classes, self._input_shape)
-        return as_batch(images, self._spec), labels
+        return example_batch(self._spec, self._adapter, self._input_shape, self._num_classes)
 
     def train(self, batch: Tensor, labels: Any) -> None:
         """The step alone."""
-        try:
+        with lone_values_refused(len(batch)):
             training_step(self.module, self.optimizer, batch, labels, self._spec, self._adapter)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise InputError(f"batch {len(batch)}: batch norm would see one value a channel; use 2 or more") from error
 
     def tensors(self) -> dict[Category, list[Tensor]]:
         """What outlives a step, by category."""

@@ -1,7 +1,7 @@
 """From a ModelGraph and a Config to a SubModel: the same mathematics with a frozen prefix and a scaled head."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from slt_planner.config import Config, LeanLever, Norms
 from slt_planner.errors import InputError, UnsupportedLayerError
+from slt_planner.graph.segments import Segment
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Cut, Index
 from slt_planner.submodel.lean_operators import recomputing
 from slt_planner.submodel.lean_program import lean_program
 from slt_planner.submodel.pieces import Piece, in_pieces, most_recomputed
-from slt_planner.submodel.program import with_cuts, with_norms, with_unit_marks
+from slt_planner.submodel.program import segment_program, with_cuts, with_norms, with_unit_marks
 from slt_planner.submodel.slices import shape_of, take
 
 Forward = Callable[..., tuple[Any, ...]]
@@ -56,7 +57,7 @@ class SubModel(nn.Module):
         self._around = None if around is None else _Around(self, around)
         for fqn, module in modules.items():
             _put_module(self, fqn, module)
-        stored = extraction.graph.skeleton.state_dict().keys()
+        stored = extraction.graph.stored
         for fqn, tensor in tensors.items():
             _put_tensor(self, fqn, tensor, persistent=fqn in stored)
         self._programs = _Programs(programs)
@@ -218,28 +219,70 @@ def extract(
     values = _Values(graph, indices, _checked_state(graph, model), constants, on_meta)
     units = graph.unit_of_tensor()
     frozen = frozenset(name for name, unit in units.items() if unit <= config.freeze_depth)
-    modules, tensors = {}, {}
+    modules: dict[str, nn.Module] = {}
+    tensors: dict[str, Tensor] = {}
     for mode, program in graph.programs.items():
-        for node in program.graph.nodes:
-            name = str(node.target)
-            if node in dropped[mode] or name in modules:
-                continue
-            if node.op == "call_module":
-                modules[name] = _cut_module(name, graph, cuts[mode].get(node, Cut(())), values, norms)
-            elif node.op == "get_attr":
-                tensors[name] = values.of(name)
+        own = [node for node in program.graph.nodes if node not in dropped[mode]]
+        _add_parts(modules, tensors, own, graph, cuts[mode], values, norms)
     programs = {
         mode: with_norms(
             with_cuts(p.graph, cuts[mode], dropped[mode], _silent(graph, config, mode)), norms, config.freeze_depth
         )
         for mode, p in graph.programs.items()
     }
-    used = {str(node.target) for program in programs.values() for node in program.nodes if node.op == "get_attr"}
-    tensors = {name: tensor for name, tensor in tensors.items() if name in used}
     around = _filled_network(graph, values, norms) if graph.adapter.part else None
-    sub = SubModel(modules, tensors, programs, Extraction(graph, config, norms, frozen), around)
+    return _put_together(modules, tensors, programs, Extraction(graph, config, norms, frozen), around)
+
+
+def extract_segment(
+    graph: ModelGraph, segment: Segment, config: Config, cuts: Mapping[fx.Node, Cut], norms: Norms
+) -> SubModel:
+    """The part of a sub-model that is in one segment, on the meta device, for training mode alone.
+
+    `cuts` are those of the configuration. Its function is `passes(True)`, as `program.segment_program` has it.
+    """
+    indices: dict[str, Index] = {}
+    for node in segment.nodes:
+        indices |= _indices_at(graph, node, cuts.get(node, Cut(())))
+    modules: dict[str, nn.Module] = {}
+    tensors: dict[str, Tensor] = {}
+    values = _Values(graph, indices, None, {}, on_meta=True)
+    _add_parts(modules, tensors, segment.nodes, graph, cuts, values, norms)
+    programs = {True: with_norms(segment_program(segment, cuts), norms, config.freeze_depth)}
+    units = graph.unit_of_tensor()
+    frozen = frozenset(name for name in segment.tensors if units[name] <= config.freeze_depth)
+    return _put_together(modules, tensors, programs, Extraction(graph, config, norms, frozen), None)
+
+
+def _add_parts(
+    modules: dict[str, nn.Module],
+    tensors: dict[str, Tensor],
+    nodes: Iterable[fx.Node],
+    graph: ModelGraph,
+    cuts: Mapping[fx.Node, Cut],
+    values: "_Values",
+    norms: Norms,
+) -> None:
+    """The modules that nodes call and the tensors that they use, cut, by fqn; added to those that are there."""
+    for node in nodes:
+        name = str(node.target)
+        if node.op == "call_module" and name not in modules:
+            modules[name] = _cut_module(name, graph, cuts.get(node, Cut(())), values, norms)
+        elif node.op == "get_attr":
+            tensors[name] = values.of(name)
+
+
+def _put_together(
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    programs: Mapping[bool, fx.Graph],
+    extraction: Extraction,
+    around: nn.Module | None,
+) -> SubModel:
+    used = {str(node.target) for program in programs.values() for node in program.nodes if node.op == "get_attr"}
+    sub = SubModel(modules, {n: t for n, t in tensors.items() if n in used}, programs, extraction, around)
     for name, parameter in sub.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad_(name not in extraction.frozen)
     return sub
 
 
@@ -295,7 +338,7 @@ def _checked_state(graph: ModelGraph, model: nn.Module | Mapping[str, Tensor] | 
     if model is None:
         return None
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    for name, expected in graph.skeleton.state_dict().items():
+    for name, expected in graph.stored.items():
         if name not in state:
             raise InputError(f"the model has no {name}; it is not the network that was traced")
         if state[name].shape != expected.shape:

@@ -1,7 +1,7 @@
 """A sub-model's own program: the network's, with inputs cut and calls changed as the rules say."""
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from slt_planner.config import Norms
 from slt_planner.graph.region import Dimension, Region
+from slt_planner.graph.segments import Segment
 from slt_planner.graph.widths import Cut
 
 
@@ -20,8 +21,38 @@ def with_cuts(
     `dropped` nodes are left out; an output among the `silent` ones becomes None.
     """
     copied = fx.Graph()
-    copy_of: dict[fx.Node, Any] = dict.fromkeys(dropped)
-    for node in program.nodes:
+    _copy_nodes(copied, program.nodes, dict.fromkeys(dropped), cuts, silent)
+    copied.lint()
+    return copied
+
+
+def segment_program(segment: Segment, cuts: Mapping[fx.Node, Cut]) -> fx.Graph:
+    """A segment's nodes as a program of their own; it takes its tensor out of a list that it is given, so that nobody
+    else holds it.
+    """
+    copied = fx.Graph()
+    box = copied.placeholder("box")
+    copy_of: dict[fx.Node, Any] = {segment.source: copied.call_function(_take_out, (box,))}
+    _copy_nodes(copied, segment.nodes, copy_of, cuts, ())
+    if segment.result is not None:
+        copied.output((copy_of[segment.result],))
+    copied.lint()
+    return copied
+
+
+def _take_out(box: list[Tensor]) -> Tensor:
+    return box.pop()
+
+
+def _copy_nodes(
+    copied: fx.Graph,
+    nodes: Iterable[fx.Node],
+    copy_of: dict[fx.Node, Any],
+    cuts: Mapping[fx.Node, Cut],
+    silent: Collection[fx.Node],
+) -> None:
+    """Add copies of nodes to a graph, and to `copy_of`; those that are there are not copied."""
+    for node in nodes:
         if node in copy_of:
             continue
         cut = cuts.get(node, Cut(()))
@@ -30,8 +61,6 @@ def with_cuts(
             inputs |= dict.fromkeys(silent)
         copy_of[node] = _copied(copied, node, cut, lambda n: inputs.get(n, copy_of[n]))  # noqa: B023
         copy_of[node].meta["unit"] = node.meta["unit"]
-    copied.lint()
-    return copied
 
 
 def _copied(copied: fx.Graph, node: fx.Node, cut: Cut, own: Callable[[fx.Node], Any]) -> fx.Node:
