@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import ArrayRecord, ConfigRecord, Error
+from flwr.app import ArrayRecord, ConfigRecord, Error, RecordDict
 
 from slt_planner.errors import InputError, SltError
 from slt_planner.federated.engines.flower.client import Site, client_app
@@ -102,6 +102,46 @@ def test_a_client_that_comes_back_as_another_node_gets_everything_again(tmp_path
     assert sum(row.bytes_down for row in result.rows) > sum(row.bytes_down for row in plain.rows)
 
 
+def test_a_node_that_comes_during_a_round_is_asked_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("slt_planner.federated.engines.flower.engine._LOOK_S", 0)
+
+    def comes_back(node_id, message, reply):
+        if node_id == 101 and message.metadata.group_id == "2":
+            grid.contexts[201] = replace(grid.contexts.pop(101), node_id=201, state=RecordDict())
+            return None
+        return reply
+
+    grid = grid_of(3, comes_back)
+    run = prepared(full_plan(), dataset(), clients=3, cohort_size=3, rounds=3)
+    begin_run(run, tmp_path / "run")
+    asked = []
+    result = continue_run(
+        run,
+        tmp_path / "run",
+        lambda row: asked.append(201 in [message.metadata.dst_node_id for message in grid.sent]),
+        FlowerEngine(grid, QUICK),
+    )
+    assert asked == [False, True, True]
+    assert [row.stragglers + row.dropped_out + row.refused for row in result.rows] == [0, 1, 0]
+
+
+def test_a_node_without_a_number_takes_that_of_one_that_is_gone(tmp_path):
+    grid = InProcessGrid(client_app(find_site), [{} for _ in range(3)])
+    run = prepared(full_plan(), dataset(), clients=3, cohort_size=3, rounds=5)
+    begin_run(run, tmp_path / "run")
+
+    def change(row):
+        if row.round == 1:  # there are more nodes than clients for a while
+            grid.contexts[201] = replace(grid.contexts[101], node_id=201, state=RecordDict())
+        if row.round == 3:
+            grid.contexts.pop(101)
+
+    result = continue_run(run, tmp_path / "run", change, FlowerEngine(grid, QUICK))
+    assert [row.dropped_out + row.refused + row.stragglers for row in result.rows] == [0] * 5
+    rounds = [message.metadata.group_id for message in grid.sent if message.metadata.dst_node_id == 201]
+    assert rounds == ["", "4", "5"]
+
+
 def test_a_node_that_has_lost_what_it_kept_says_so_and_gets_it_again(tmp_path):
     grid = grid_of()
     run = prepared(frozen_plan(), dataset(), cohort_size=5, rounds=12)
@@ -171,7 +211,7 @@ def infinite(state):
         (lambda reply: Error(2, "MemoryError: 64 MB"), "refused", "MemoryError: 64 MB"),
         (lambda reply: Error(8), "refused", "its process was killed"),
         (lambda reply: Error(5), "dropped_out", "its node is gone"),
-        (lambda reply: Error(3), "stragglers", "its deadline passed"),
+        (lambda reply: Error(3), "stragglers", "no answer within 0.05 s"),
         (lambda reply: None, "stragglers", "no answer within 0.05 s"),
         (damaged, "refused", "weights that cannot be read"),
         (empty, "refused", "not one safetensors array"),

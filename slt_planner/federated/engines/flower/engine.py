@@ -38,11 +38,12 @@ from slt_planner.units import format_bytes
 
 _LOG = logging.getLogger(__name__)
 _FIRST_POLL_S, _LAST_POLL_S = 0.01, 0.5
+_LOOK_S = 5.0  # between two looks at who is connected, which a SuperLink of many nodes takes long to list
 _ERRORS: dict[int, tuple[Answer, str]] = {
     1: ("failed", "its client app cannot be loaded"),
     2: ("failed", ""),  # what the client itself says
-    3: ("late", "its deadline passed"),
-    4: ("late", "its deadline passed"),
+    3: ("late", ""),  # its task, or its answer, has expired
+    4: ("late", ""),
     5: ("never", "its node is gone"),
     6: ("failed", "its node refused the task"),
     7: ("failed", "its node refused the app"),
@@ -78,6 +79,7 @@ class FlowerEngine:
     _nodes: dict[int, _Node] = field(default_factory=dict)  # by client
     _known: set[int] = field(default_factory=set)  # ids of nodes that were asked who they are
     _asked: dict[str, int] = field(default_factory=dict)  # those that have not answered yet, by the question
+    _spare: dict[int, Message] = field(default_factory=dict)  # answers of nodes without a number, while none is free
     _turned_away: dict[int, str] = field(default_factory=dict)  # clients that cannot take part, and why
     _began: bool = False
 
@@ -118,22 +120,21 @@ class FlowerEngine:
     ) -> Iterator[Update]:
         """Send the tasks, wait for all answers or the deadline, and look at what came, in the cohort's order."""
         began = time.perf_counter()
-        sent = self._send(run, state, cohort, holders)
-        replies = self._wait(dict(sent))
+        nodes, sent = self._send(run, state, cohort, holders)
+        replies = self._wait(run, sent)
         log.train_seconds += time.perf_counter() - began
         came = sum(not reply.has_error() for reply in replies.values())
         too_few = f"{came} of {len(cohort)} clients answered, at least {self._least(run)} must"
-        asked = set(sent.values())
         for assignment in cohort:
             client, reply = assignment.client, replies.pop(assignment.client, None)
             if reply is None or reply.has_error():
-                self._take_down(client, client in asked, None if reply is None else reply.error, log)
+                self._take_down(client, client in nodes, None if reply is None else reply.error, log)
             else:
-                self._nodes[client].kept = (holders.stage, holders.depth)
+                nodes[client].kept = (holders.stage, holders.depth)
                 if came < self._least(run):
                     log.refusals.append(Refusal(client=client, reason=too_few))
                 else:
-                    yield from self._update(assignment, reply, screen, log)
+                    yield from self._update(assignment, nodes[client], reply, screen, log)
 
     def _least(self, run: Run) -> int:
         return min(self.options.minimum_answers, run.settings.cohort_size)
@@ -144,23 +145,28 @@ class FlowerEngine:
         for node_id in sorted(there - self._known):
             self._known.add(node_id)
             self._asked[self._push(Message(RecordDict(), node_id, MessageType.QUERY))] = node_id
+        replies, self._spare = self._spare, {}
         if self._asked:
             for reply in self.grid.pull_messages(list(self._asked)):
-                node_id = self._asked.pop(reply.metadata.reply_to_message_id)
-                try:
-                    self._register(run, node_id, reply)
-                except InputError as error:
-                    _LOG.warning("node %d does not take part: %s", node_id, error)
+                replies[self._asked.pop(reply.metadata.reply_to_message_id)] = reply
+        for node_id, reply in replies.items():
+            try:
+                self._register(run, node_id, reply, there)
+            except InputError as error:
+                _LOG.warning("node %d does not take part: %s", node_id, error)
         return {client: node for client, node in self._nodes.items() if node.node_id in there}
 
-    def _register(self, run: Run, node_id: int, reply: Message) -> None:
+    def _register(self, run: Run, node_id: int, reply: Message, there: set[int]) -> None:
         """Who a node is: a client that comes again, perhaps as another node, takes its place."""
         if reply.has_error():
             raise InputError(f"it could not say who it is ({_one_line(reply.error)})")
         own = record_in(reply, Introduction)
         client = own.client
         if client is None:
-            client = next((c for c in range(run.settings.clients) if c not in self._nodes), run.settings.clients)
+            client = self._free_number(run, there)
+        if client is None:
+            self._spare[node_id] = reply
+            return
         if client >= run.settings.clients:
             raise InputError(f"the run has {run.settings.clients} clients, numbered from 0")
         self._turned_away.pop(client, None)
@@ -172,8 +178,16 @@ class FlowerEngine:
                 raise
         self._nodes[client] = _Node(node_id, own)
 
-    def _send(self, run: Run, state: ServerState, cohort: Sequence[Assignment], holders: Holders) -> dict[str, int]:
-        """The clients of the cohort that are there, by the messages that they were sent."""
+    def _free_number(self, run: Run, there: set[int]) -> int | None:
+        """The first number that no node has, or else that of a node which is gone."""
+        numbers = range(run.settings.clients)
+        gone = (c for c in numbers if c in self._nodes and self._nodes[c].node_id not in there)
+        return next((c for c in numbers if c not in self._nodes), next(gone, None))
+
+    def _send(
+        self, run: Run, state: ServerState, cohort: Sequence[Assignment], holders: Holders
+    ) -> tuple[dict[int, _Node], dict[str, int]]:
+        """The nodes of those clients of the cohort that are there, and the clients by the messages they were sent."""
         plan, settings, there = run.plan, run.settings, self._connected(run)
         brief = Brief(
             model=plan.model,
@@ -183,11 +197,12 @@ class FlowerEngine:
             data_root=settings.data_root,
         )
         slices: dict[tuple[Config, StepSettings, int], ArrayRecord] = {}  # clients of a tier get the same one
+        nodes = {own.client: there[own.client] for own in cohort if own.client in there}
         sent: dict[str, int] = {}
         for own in cohort:
-            if own.client not in there:
+            if own.client not in nodes:
                 continue
-            node, training = there[own.client], own.training
+            node, training = nodes[own.client], own.training
             held_depth = holders.depth if own.client in holders.clients else 0
             key = (own.config, training.step, held_depth)
             if key not in slices:
@@ -209,22 +224,30 @@ class FlowerEngine:
             sent[self._push(Message(content, node.node_id, MessageType.TRAIN, ttl=deadline, group_id=group))] = (
                 own.client
             )
-        return sent
+        return nodes, sent
 
     def _push(self, message: Message) -> str:
         """One at a time: a request has a largest size."""
         self.grid.push_messages([message])
         return message.metadata.message_id
 
-    def _wait(self, waiting: dict[str, int]) -> dict[int, Message]:
-        """What has come, by client, when all have answered or the deadline has passed."""
-        until, poll = time.monotonic() + self.options.deadline_s, _FIRST_POLL_S
+    def _wait(self, run: Run, waiting: dict[str, int]) -> dict[int, Message]:
+        """What has come, by client, when all have answered or the deadline has passed.
+
+        Nodes that come meanwhile are asked who they are, so that they take part in the next round.
+        """
+        looked = time.monotonic()
+        until, poll = looked + self.options.deadline_s, _FIRST_POLL_S
         replies: dict[int, Message] = {}
         while waiting:
             for reply in self.grid.pull_messages(list(waiting)):
                 replies[waiting.pop(reply.metadata.reply_to_message_id)] = reply
-            if not waiting or time.monotonic() >= until:
+            now = time.monotonic()
+            if not waiting or now >= until:
                 break
+            if now - looked >= _LOOK_S:
+                self._connected(run)
+                looked = now
             poll = self._pause(poll)
         return replies
 
@@ -249,17 +272,19 @@ class FlowerEngine:
                     "for the rest of the run, so this stops here: go on with the run"
                 )
             answer, known = _ERRORS[error.code]
-            reason = known or _one_line(error)
+            if answer != "late":
+                reason = known or _one_line(error)
         log.answers[client] = answer
         named = log.refusals if answer == "failed" else log.absent
         named.append(Refusal(client=client, reason=reason))
 
-    def _update(self, assignment: Assignment, reply: Message, screen: Screen, log: RoundLog) -> Iterator[Update]:
+    def _update(
+        self, assignment: Assignment, node: _Node, reply: Message, screen: Screen, log: RoundLog
+    ) -> Iterator[Update]:
         """A client's update, if it is one and passes the screen."""
-        own_images = self._nodes[assignment.client].introduction.own_images
         try:
             outcome, trained = record_in(reply, Outcome), weights_in(reply)
-            if not own_images and outcome.samples != len(assignment.indices):
+            if not node.introduction.own_images and outcome.samples != len(assignment.indices):
                 raise InputError(f"it says {outcome.samples} images, of its {len(assignment.indices)}")
         except InputError as error:
             log.refusals.append(Refusal(client=assignment.client, reason=str(error)))
