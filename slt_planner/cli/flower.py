@@ -111,7 +111,8 @@ def local(
 ) -> None:
     """Run an app on a SuperLink and as many SuperNodes as it has clients, all on this machine, and end them all.
 
-    They talk over loopback without TLS.
+    They talk over loopback without TLS. They end with this command however it ends: at Ctrl-C, at SIGTERM, and on Linux
+    at kill -9, too.
     """
     console, progress_console = consoles(json_output)
     config = _app_config(folder)
@@ -128,10 +129,16 @@ def local(
     ):
         line = f"a SuperLink on {federation.address} and {clients} SuperNodes are starting"
         progress_console.print(line, soft_wrap=True, markup=False, highlight=False)
-        status = _follow(federation, federation.submit(folder, "resume=true" if resume else ""), out, progress_console)
-    if status.ended != "completed":
-        again = f"; go on with slt flower local {folder} --resume" if out.exists() else ""
-        raise SltError(f"the run {status.ended}: {status.details}{again}")
+        try:
+            status = _follow(
+                federation, federation.submit(folder, "resume=true" if resume else ""), out, progress_console
+            )
+            if status.ended != "completed":
+                raise SltError(f"the run {status.ended}: {status.details}")
+        except SltError as error:
+            if isinstance(error, InputError) or not out.exists():
+                raise
+            raise SltError(f"{error}; go on with slt flower local {folder} --resume") from error
     result = load_run(out)
     write_report([result], out / REPORT, force=True, command=command_line(), picture=out / PICTURE)
     if json_output:

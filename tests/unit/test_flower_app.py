@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from slt_planner.cli.main import slt
-from slt_planner.federated.engines.flower import QUIET
+from slt_planner.errors import SltError
+from slt_planner.federated.engines.flower import QUIET, processes
 from slt_planner.federated.engines.flower.app_folder import run_config_keys
 from slt_planner.federated.engines.flower.introduction import free_memory, introduction
 from tests.unit.tiny_runs import full_plan
@@ -72,6 +73,29 @@ def test_an_app_is_not_overwritten(command, plan, tmp_path):
     assert command(*arguments)[0] == 0
     assert "exists" in command(*arguments)[2]
     assert command(*arguments, "--force")[0] == 0
+
+
+def test_when_a_part_has_ended_the_way_on_is_told(command, plan, tmp_path, monkeypatch):
+    pytest.importorskip("flwr")
+    pytest.importorskip("ray")
+    app = tmp_path / "app"
+    command("init", app, "--plan", plan, "--insecure")
+
+    class Ended(processes.LocalFederation):
+        def __enter__(self):
+            return self
+
+        def submit(self, app, overrides=""):
+            (tmp_path / "app/run").mkdir()
+            return 1
+
+        def status(self, run_id):
+            raise SltError("superlink has ended: it said nothing")
+
+    monkeypatch.setattr(processes, "LocalFederation", Ended)
+    code, _, err = command("local", app)
+    assert code == 1
+    assert f"superlink has ended: it said nothing; go on with slt flower local {app} --resume\n" in err
 
 
 def test_only_an_app_is_run(command, tmp_path):

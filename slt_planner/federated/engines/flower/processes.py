@@ -9,14 +9,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 from slt_planner.errors import SltError
-from slt_planner.federated.engines.flower import QUIET
+from slt_planner.federated.engines.flower import QUIET, warden
 from slt_planner.federated.engines.flower.app_folder import connection
 
 _MARK = "SLT_FEDERATION"  # in the environment of all that is started, so that all of it can be ended
@@ -38,7 +37,7 @@ class LocalFederation:
     """A SuperLink on loopback, without TLS, and SuperNodes 0 to `nodes` - 1 with these numbers as partition ids.
 
     Everything is kept in `folder`: the SuperLink's database, Flower's own home, logs. Leaving the block ends all
-    processes, whatever has happened in it.
+    processes, whatever has happened in it; on Linux so does the end of this process, even by `kill -9`.
 
     Args:
         folder: a folder of its own.
@@ -50,18 +49,22 @@ class LocalFederation:
     """
 
     def __init__(self, folder: Path, nodes: int, environment: Mapping[str, str] | None = None) -> None:
-        self.folder, self._number, self._mark = folder, nodes, uuid4().hex
+        self.folder, self._number, mark = folder, nodes, uuid4().hex
         path = os.pathsep.join(
             [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
         )  # Flower starts its parts
-        own = {"PATH": path, "FLWR_HOME": str(folder / "flwr"), _MARK: self._mark}
+        own = {"PATH": path, "FLWR_HOME": str(folder / "flwr"), _MARK: mark}
         self._environment = {**QUIET, **os.environ, **(environment or {}), **own}
+        self._mark = f"{_MARK}={mark}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._warden: subprocess.Popen[bytes] | None = None
         self._address = ""
 
     def __enter__(self) -> "LocalFederation":
         """Start everything; SuperNodes connect while the first run is sent."""
         try:
+            command = [sys.executable, "-I", warden.__file__, self._mark]
+            self._warden = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
             self.start_superlink(free_port())
             for number in range(self._number):
                 self.start_node(number)
@@ -155,12 +158,10 @@ class LocalFederation:
                 process.kill()
                 process.wait()
         self._processes.clear()
-        until = time.monotonic() + _END_S
-        while (left := self.processes()) and time.monotonic() < until:
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(_POLL_S)  # what is killed takes a moment to be gone
+        warden.end_marked(self._mark)
+        if self._warden is not None:
+            self._warden.communicate()  # closes its standard input
+            self._warden = None
 
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -201,14 +202,7 @@ class LocalFederation:
 
     def processes(self) -> list[int]:
         """The ids of all processes of this federation, as Linux tells them; elsewhere none."""
-        mark, found = f"{_MARK}={self._mark}".encode(), []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (entry / "environ").read_bytes().split(b"\0") and int(entry.name) != os.getpid():
-                    found.append(int(entry.name))
-            except (OSError, ValueError):
-                continue
-        return found
+        return warden.marked(self._mark)
 
 
 def free_port() -> int:
