@@ -19,32 +19,42 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 
 PARTS = 8
-"""In how many parts of the batch gradients of activations are computed."""
+"""In how many parts of the batch what goes into an activation is computed again, at most."""
 CONVOLUTION_PARTS = 4
 """The same of convolutions, which take longer in more parts."""
 SMALLEST_PART_BYTES = 2**17
 """Parts of a convolution are no smaller than this: their scratch memory does not matter, their number does."""
+SMALLEST_NORM_PART_BYTES = 2**16
+"""The same of norms."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation function: in place, and its gradient from a gradient and what went in.
+    """An activation function: in place, and its gradient, from what went in, written over the gradient after it.
 
     `from_output`: the gradient can as well be told from what came out.
     """
 
     in_place: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
+    gradient_in_place: Callable[[Tensor, Tensor], Tensor]
     from_output: bool = False
 
 
 ACTIVATIONS = {
-    "relu": Activation(torch.relu_, lambda g, x: aten.threshold_backward(g, x, 0), from_output=True),
-    "relu6": Activation(
-        lambda x: F.hardtanh_(x, 0.0, 6.0), lambda g, x: aten.hardtanh_backward(g, x, 0.0, 6.0), from_output=True
+    "relu": Activation(
+        torch.relu_, lambda g, x: aten.threshold_backward.grad_input(g, x, 0, grad_input=g), from_output=True
     ),
-    "hardswish": Activation(lambda x: F.hardswish(x, inplace=True), aten.hardswish_backward),
-    "silu": Activation(lambda x: F.silu(x, inplace=True), aten.silu_backward),
+    "relu6": Activation(
+        lambda x: F.hardtanh_(x, 0.0, 6.0),
+        lambda g, x: aten.hardtanh_backward.grad_input(g, x, 0.0, 6.0, grad_input=g),
+        from_output=True,
+    ),
+    "hardswish": Activation(
+        lambda x: F.hardswish(x, inplace=True), lambda g, x: g.copy_(aten.hardswish_backward(g, x))
+    ),
+    "silu": Activation(
+        lambda x: F.silu(x, inplace=True), lambda g, x: aten.silu_backward.grad_input(g, x, grad_input=g)
+    ),
 }
 
 Statistics: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -161,11 +171,17 @@ def _along_channels(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
+def _parts(size: int, most: int, smallest: int) -> int:
+    """In how many parts of the batch `size` bytes are worked on: at most so many, each of `smallest` bytes or more."""
+    return min(most, max(1, size // smallest))
+
+
 def _through_activation(g: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation: Activation) -> None:
     """The gradient before an activation, written over the one after it; the activation's input is normed again."""
     scale, shift = _along_channels(scale, x), _along_channels(shift, x)
-    for own, given in zip(g.chunk(PARTS), x.chunk(PARTS), strict=True):
-        own.copy_(activation.gradient(own, torch.addcmul(shift, given, scale).to(x.dtype)))
+    parts = _parts(x.nbytes, PARTS, SMALLEST_NORM_PART_BYTES)
+    for own, given in zip(g.chunk(parts), x.chunk(parts), strict=True):
+        activation.gradient_in_place(own, torch.addcmul(shift, given, scale).to(x.dtype))
 
 
 def add(a: Tensor, b: Tensor, activation: str | None, over: bool, owned: bool) -> Tensor:
@@ -198,8 +214,7 @@ class _Sum(Function):
         if ctx.activation is not None:
             (y,) = ctx.saved_tensors
             g = gradient if ctx.owned else gradient.clone()
-            for own, given in zip(g.chunk(PARTS), y.chunk(PARTS), strict=True):
-                own.copy_(ACTIVATIONS[ctx.activation].gradient(own, given))
+            ACTIVATIONS[ctx.activation].gradient_in_place(g, y)
         of_a, of_b = (
             g.sum_to_size(shape) if wanted else None
             for shape, wanted in zip(ctx.shapes, ctx.needs_input_grad, strict=False)
@@ -258,26 +273,42 @@ def convolutions(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases)):
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))
+    if trained and (len(weights) > 1 or _convolution_parts(x, weights[0]) > 1):
         return _Convolutions.apply(x, settings, *weights, *biases)
     return tuple(_in_parts(x, *own) for own in zip(weights, biases, settings, strict=True))
 
 
-def _parts(x: Tensor, weight: Tensor) -> int:
-    """In how many parts of the batch a convolution runs; kernels pad few channels of a contiguous image to 16."""
-    channels = max(x.shape[1], len(weight), 16 if x.is_contiguous() else 1)
-    larger = x.numel() // x.shape[1] * channels * x.element_size()
-    return min(CONVOLUTION_PARTS, max(1, larger // SMALLEST_PART_BYTES))
+def _is_channels_last(x: Tensor) -> bool:
+    layout = suggest_memory_format(x)
+    return layout != torch.contiguous_format and x.is_contiguous(memory_format=layout)
+
+
+def _convolution_parts(x: Tensor, weight: Tensor, added: bool = False) -> int:
+    """In how many parts of the batch a convolution runs; `added`: its gradient is added to another one of `x`.
+
+    What is channels_last kernels take as it is; else they copy what goes in and comes out, with few channels padded to
+    16.
+    """
+    if _is_channels_last(x):
+        size = x.nbytes if added else 0
+    else:
+        size = x.nbytes // x.shape[1] * max(x.shape[1], len(weight), 16)
+    return _parts(size, CONVOLUTION_PARTS, SMALLEST_PART_BYTES)
 
 
 def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
     stride, padding, dilation, groups = settings
+
+    def convolved(part: Tensor) -> Tensor:
+        return torch.convolution(part, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+    if (number := _convolution_parts(x, weight)) == 1:
+        return convolved(x)
     y, places = None, ()
-    parts = x.chunk(_parts(x, weight))
+    parts = x.chunk(number)
     for number, part in enumerate(parts):
-        own = torch.convolution(part, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
-        if len(parts) == 1:
-            return own
+        own = convolved(part)
         if y is None:
             shape, layout = (len(x), *own.shape[1:]), suggest_memory_format(own)
             y = torch.empty(shape, dtype=own.dtype, device=own.device, memory_format=layout)
@@ -300,22 +331,19 @@ class _Convolutions(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        wanted = ctx.needs_input_grad[2:]
-        of_tensors: list[Tensor | None] = [None] * len(wanted)
-        first = True
+        of_x, wanted = None, (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
+        of_tensors: list[Tensor | None] = [None] * (len(wanted) - 1)
         for number, (gradient, weight, bias_size, own) in enumerate(
             zip(gradients, weights, ctx.bias_sizes, ctx.settings, strict=True)
         ):
             if gradient is None:
                 continue
             places = (number, number + len(weights))
-            into = None if of_x is None else (of_x, first)
-            sums = _backward_in_parts(gradient, x, weight, bias_size, own, into, [wanted[place] for place in places])
+            mask = [wanted[0], *[wanted[1 + place] for place in places]]
+            of_x, *sums = _backward_in_parts(gradient, x, weight, bias_size, own, of_x, mask)
             for place, total in zip(places, sums, strict=True):
                 of_tensors[place] = total
-            first = False
-        return None if first else of_x, None, *of_tensors
+        return of_x, None, *of_tensors
 
 
 def _backward_in_parts(
@@ -324,23 +352,26 @@ def _backward_in_parts(
     weight: Tensor,
     bias_size: list[int] | None,
     settings: Settings,
-    into: tuple[Tensor, bool] | None,
+    so_far: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of weight and bias; that of what went in is written (first True), or added, into a tensor."""
+    """The gradients of what went in, weight and bias, those that are wanted; the first is added to that so far."""
     stride, padding, dilation, groups = settings
-    parts = _parts(x, weight)
-    places = None if into is None else into[0].chunk(parts)
+    parts = _convolution_parts(x, weight, added=so_far is not None)
+    of_x = torch.empty_like(x) if so_far is None and wanted[0] and parts > 1 else so_far
+    own_parts = x.chunk(parts)
+    places = [None] * len(own_parts) if of_x is None else of_x.chunk(parts)
     sums: list[Tensor | None] = [None, None]
-    for number, (g, own) in enumerate(zip(gradient.chunk(parts), x.chunk(parts), strict=True)):
+    for g, own, place in zip(gradient.chunk(parts), own_parts, places, strict=True):
         of_part, *of_rest = aten.convolution_backward(
-            g, own, weight, bias_size, stride, padding, dilation, False, [0] * len(stride), groups,
-            [into is not None, *wanted],
-        )  # fmt: skip
-        if into is not None and places is not None:
-            (places[number].copy_ if into[1] else places[number].add_)(of_part)
-        for place, more in enumerate(of_rest):
-            if wanted[place]:
-                sums[place] = more if (so_far := sums[place]) is None else so_far.add_(more)
+            g, own, weight, bias_size, stride, padding, dilation, False, [0] * len(stride), groups, wanted
+        )
+        if place is None:
+            of_x = of_part
+        else:
+            (place.copy_ if so_far is None else place.add_)(of_part)
+        for number, more in enumerate(of_rest):
+            if more is not None:
+                sums[number] = more if (before := sums[number]) is None else before.add_(more)
         del of_part, of_rest
-    return sums
+    return [of_x, *sums]
