@@ -21,11 +21,9 @@ aten = torch.ops.aten
 PARTS = 8
 """In how many parts of the batch what goes into an activation is computed again, at most."""
 CONVOLUTION_PARTS = 4
-"""The same of convolutions, which take longer in more parts."""
+"""In how many a convolution runs, which takes longer in more parts."""
 SMALLEST_PART_BYTES = 2**17
-"""Parts of a convolution are no smaller than this: their scratch memory does not matter, their number does."""
-SMALLEST_NORM_PART_BYTES = 2**16
-"""The same of norms."""
+"""Parts are no smaller than this: their scratch memory does not matter, their number does."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,11 @@ class _BatchNorm(Function):
             _through_activation(g, x, scale, bias - mean * scale, ACTIVATIONS[ctx.activation])
         wanted = ctx.needs_input_grad
         rounded = x.dtype in (torch.bfloat16, torch.float16)  # a sum in several steps would lose too much
+        at_once = rounded or _parts(x.nbytes, PARTS) == 1
         of_x, of_weight, of_bias = aten.native_batch_norm_backward(
-            g, x, weight, None, None, mean, inverse, True, ctx.eps, [rounded, True, True]
+            g, x, weight, None, None, mean, inverse, True, ctx.eps, [at_once, True, True]
         )
-        if not rounded:
+        if not at_once:
             of_x = _through_statistics(g, x, scale, mean, inverse, of_weight, of_bias)
         gradients = (of_x, of_weight, of_bias)
         return *[g if want else None for g, want in zip(gradients, wanted, strict=False)], *[None] * 6
@@ -171,15 +170,15 @@ def _along_channels(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
-def _parts(size: int, most: int, smallest: int) -> int:
-    """In how many parts of the batch `size` bytes are worked on: at most so many, each of `smallest` bytes or more."""
-    return min(most, max(1, size // smallest))
+def _parts(size: int, most: int) -> int:
+    """In how many parts of the batch so many bytes are worked on."""
+    return min(most, max(1, size // SMALLEST_PART_BYTES))
 
 
 def _through_activation(g: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation: Activation) -> None:
     """The gradient before an activation, written over the one after it; the activation's input is normed again."""
     scale, shift = _along_channels(scale, x), _along_channels(shift, x)
-    parts = _parts(x.nbytes, PARTS, SMALLEST_NORM_PART_BYTES)
+    parts = _parts(x.nbytes, PARTS)
     for own, given in zip(g.chunk(parts), x.chunk(parts), strict=True):
         activation.gradient_in_place(own, torch.addcmul(shift, given, scale).to(x.dtype))
 
@@ -279,9 +278,7 @@ def convolutions(
     return tuple(_in_parts(x, *own) for own in zip(weights, biases, settings, strict=True))
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    layout = suggest_memory_format(x)
-    return layout != torch.contiguous_format and x.is_contiguous(memory_format=layout)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _convolution_parts(x: Tensor, weight: Tensor, added: bool = False) -> int:
@@ -290,11 +287,12 @@ def _convolution_parts(x: Tensor, weight: Tensor, added: bool = False) -> int:
     What is channels_last kernels take as it is; else they copy what goes in and comes out, with few channels padded to
     16.
     """
-    if _is_channels_last(x):
+    layout = _CHANNELS_LAST.get(x.dim())
+    if layout is not None and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
         size = x.nbytes if added else 0
     else:
         size = x.nbytes // x.shape[1] * max(x.shape[1], len(weight), 16)
-    return _parts(size, CONVOLUTION_PARTS, SMALLEST_PART_BYTES)
+    return _parts(size, CONVOLUTION_PARTS)
 
 
 def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:

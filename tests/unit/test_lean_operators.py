@@ -1,5 +1,6 @@
 """Lean operators against torch's own, in double precision: values, gradients, statistics, and what they leave alone."""
 
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slt_planner.submodel import lean_operators as lean
 
@@ -86,6 +88,7 @@ def plain_norm(x, weight, bias, mean, variance, activation):
 @pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("running", [False, True], ids=["static", "running"])
+@pytest.mark.parametrize("smallest", [1, 2**17], ids=["in parts", "at once"])
 @pytest.mark.parametrize(
     ("shape", "channels_last"),
     [
@@ -94,7 +97,8 @@ def plain_norm(x, weight, bias, mean, variance, activation):
     ],
     ids=str,
 )
-def test_batch_norm_is_torchs_own(shape, channels_last, running, activation, owned):
+def test_batch_norm_is_torchs_own(shape, channels_last, smallest, running, activation, owned, monkeypatch):
+    monkeypatch.setattr(lean, "SMALLEST_PART_BYTES", smallest)
     x = in_layout(randn(*shape, scale=3.0), channels_last).requires_grad_()
     weight, bias, (mean, variance, count) = norm_parts(5, running)
     plain_mean, plain_variance = copied(mean), copied(variance)
@@ -111,7 +115,7 @@ def test_batch_norm_is_torchs_own(shape, channels_last, running, activation, own
         with nullcontext() if owned else Untouched(gradient):
             found = backward(y, (x, weight, bias), gradient)
         assert_close(found, gradients)
-    assert (found[0].data_ptr() == gradient.data_ptr()) == owned
+    assert (found[0].data_ptr() == gradient.data_ptr()) == (owned and smallest == 1)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -455,6 +459,28 @@ def test_convolutions_of_one_tensor_add_up_their_gradients(used, channels_last):
     for own, wanted in zip(gradients, expected, strict=True):
         if own is not None:
             assert_close(own, wanted)
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("channels_last", "forward", "backward"), [(False, 9, 9), (True, 3, 7)], ids=str)
+def test_what_is_channels_last_is_taken_apart_only_where_gradients_are_added(channels_last, forward, backward):
+    """Three convolutions of nine images, in parts of three: the first one's gradient is the one added to."""
+    x, weights, biases, settings_ = three_convolutions(channels_last)
+    with Calls() as calls:
+        ys = lean.convolutions(x, weights, biases, settings_)
+        torch.autograd.grad(ys, [x, *weights], [torch.ones_like(y) for y in ys])
+    assert (calls.number["convolution"], calls.number["convolution_backward"]) == (forward, backward)
 
 
 def test_a_convolutions_gradients_are_those_of_small_differences():
