@@ -19,6 +19,7 @@ from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan, load_plan
 from slt_planner.reporting.report import report as write_report
 from slt_planner.reporting.terminal import run_table
+from slt_planner.units import parse_bytes
 
 if TYPE_CHECKING:
     from slt_planner.data.datasets import Dataset
@@ -88,6 +89,13 @@ def train(
     workers: Annotated[
         int, typer.Option(min=1, help="Clients that train at once, each in a process of its own on one thread.")
     ] = 1,
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory, such as 1GB, for what frozen layers give for clients' images, computed once a stage; wants "
+            "images that are not augmented and a plan with norms running [none]."
+        ),
+    ] = None,
     engine: Annotated[
         str,
         typer.Option(help="Where clients train: local, or flower (Flower's simulation; wants slt-planner[flower])."),
@@ -105,7 +113,7 @@ def train(
     folder, from which --resume goes on; so it does after a crash.
     """
     console, progress_console = consoles(json_output)
-    go_on = _engine(engine, workers, model, deadline, minimum_answers)
+    go_on = _engine(engine, workers, prefix_cache, model, deadline, minimum_answers)
     if resume is not None:
         _refuse_settings(context, resume)
         out, results = resume, _continue_all(_begun_runs(resume, model, progress_console), progress_console, go_on)
@@ -133,6 +141,7 @@ def train(
             "max_change": max_change,
             "enforce": enforce,
             "workers": workers,
+            "prefix_cache_bytes": 0 if prefix_cache is None else parse_bytes(prefix_cache),
         }
         if chosen(rounds_policy, "--rounds-policy", ("planned", "plateau")) == "plateau" and "slt" not in strategies:
             raise InputError(f"--rounds-policy plateau is for stages; {', '.join(strategies)} has none")
@@ -156,12 +165,16 @@ def train(
         raise SltError(f"stopped after round {done} of {wanted_rounds}; go on with slt-train --resume {out}")
 
 
-def _engine(engine: str, workers: int, model: str | None, deadline: float, minimum_answers: int) -> GoOn:
+def _engine(
+    engine: str, workers: int, prefix_cache: str | None, model: str | None, deadline: float, minimum_answers: int
+) -> GoOn:
     """What continues a run in its folder, on an engine."""
     if chosen(engine, "--engine", ("local", "flower")) == "local":
         return _locally
     if workers > 1:
         raise InputError("--workers is of the local engine; with --engine flower, Ray has its own")
+    if prefix_cache is not None:
+        raise InputError("--prefix-cache is of the local engine; Flower's processes end with each client")
     need_flower()
     options = validated(FlowerOptions, deadline_s=deadline, minimum_answers=minimum_answers)
     return partial(_on_flower, options=options, model=model)

@@ -1,21 +1,24 @@
 """What a client does: local training of its sub-model on its own images."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slt_planner.config import StepSettings
 from slt_planner.data.augment import random_crop_flip
 from slt_planner.data.datasets import Dataset, normalise
 from slt_planner.federated.nested_widths import TrainedWidth, nested_widths
+from slt_planner.graph.adapter import Adapter
 from slt_planner.memory.limit import memory_limit
 from slt_planner.memory.step import as_batch, make_optimizer, training_step
 from slt_planner.submodel.extract import SubModel
+from slt_planner.submodel.prefix import Split
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,57 @@ def train_client(
     The sub-model is in the step's number and memory format. All randomness (order, augmentation, dropout) derives from
     `seed`. With a budget, a step that would pass it raises BudgetExceeded.
     """
+    generator, adapter = torch.Generator().manual_seed(seed), model.extraction.graph.adapter
+    batches = local_batches(dataset, indices, training, generator)
+    return _train(model, batches, adapter, training, seed, generator, budget_bytes)
+
+
+def train_after_prefix(
+    model: SubModel, split: Split, rows: Sequence[Tensor], labels: Tensor, training: LocalTraining, seed: int
+) -> float:
+    """As `train_client`, from what the first part of the split gives for the client's own images.
+
+    `rows` are its tensors (n, ...), `labels` (n, ...) those of the same images.
+    """
+    generator, adapter = torch.Generator().manual_seed(seed), _FromRows(model.extraction.graph.adapter, split, rows)
+    batches = ((places, labels[places].long()) for places in _places(len(labels), training, generator))
+    return _train(model, batches, adapter, training, seed, generator)
+
+
+class _FromRows(Adapter):
+    """A batch is places in what a prefix has given."""
+
+    def __init__(self, own: Adapter, split: Split, rows: Sequence[Tensor]) -> None:
+        self._own, self._split, self._rows = own, split, rows
+
+    def labels_of(self, labels: Any, chosen: slice) -> Any:
+        return self._own.labels_of(labels, chosen)
+
+    def step_loss(self, model: nn.Module, images: Tensor, labels: Any) -> Tensor:
+        assert isinstance(model, SubModel)
+        return self._own.loss(model.run_after(self._split, *(rows[images] for rows in self._rows)), labels)
+
+
+def _train(
+    model: SubModel,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    adapter: Adapter,
+    training: LocalTraining,
+    seed: int,
+    generator: torch.Generator,
+    budget_bytes: int | None = None,
+) -> float:
+    """Train in place on batches, which the generator makes and the adapter understands; gives the mean loss."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
         steps = [
-            _Step(trained, training.step, _limit(budget_bytes, model, trained)) for trained in _widths(model, training)
+            _Step(trained, training.step, _limit(budget_bytes, model, trained), adapter)
+            for trained in _widths(model, training)
         ]
         for step in steps:
             step.trained.model.train()
         total, images = torch.zeros(()), 0
-        for batch, labels in local_batches(dataset, indices, training, generator):
+        for batch, labels in batches:
             step = steps[0] if len(steps) == 1 else steps[int(torch.randint(len(steps), (), generator=generator))]
             loss = step.run(batch, labels)
             total += loss * len(batch)
@@ -88,34 +132,37 @@ class _Step:
     trained: TrainedWidth
     settings: StepSettings
     limit: AbstractContextManager[object]
+    adapter: Adapter
 
     def run(self, batch: Tensor, labels: Tensor) -> Tensor:
         """One step; gives the loss."""
-        model, optimizer = self.trained.model, self.trained.optimizer
-        adapter = model.extraction.graph.adapter
         with self.limit:
-            return training_step(model, optimizer, batch, labels, self.settings, adapter)
+            return training_step(self.trained.model, self.trained.optimizer, batch, labels, self.settings, self.adapter)
 
 
 def local_batches(
     dataset: Dataset, indices: np.ndarray, training: LocalTraining, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled, augmented batches of (images (n, C, H, W), labels (n, ...)).
+    """Shuffled, augmented batches of (images (n, C, H, W), labels (n, ...)), as `_places` deals them."""
+    own = torch.as_tensor(indices)
+    for places in _places(len(own), training, generator):
+        # Nothing but the batch itself may stay alive here while the step runs: it would not be in the plan's peak.
+        yield _batch(dataset, own[places], training.step, generator), dataset.train_labels[own[places]].long()
+
+
+def _places(images: int, training: LocalTraining, generator: torch.Generator) -> Iterator[Tensor]:
+    """Which of its images a client trains on in each step, by their places among them.
 
     A tail of one image is dropped, and so is a last image that would be a micro-batch alone: batch statistics of a
     single image at one position are not defined.
     """
-    own = torch.as_tensor(indices)
     for _ in range(training.epochs):
-        order = own[torch.randperm(len(own), generator=generator)]
-        for chosen in order.split(training.batch_size):
-            pieces = training.step.pieces(len(chosen))
+        for places in torch.randperm(images, generator=generator).split(training.batch_size):
+            pieces = training.step.pieces(len(places))
             if pieces[-1] == 1 < max(pieces):
-                chosen = chosen[:-1]
-            if len(chosen) < 2 and len(order) > 1:
-                continue
-            # Nothing but the batch itself may stay alive here while the step runs: it would not be in the plan's peak.
-            yield _batch(dataset, chosen, training.step, generator), dataset.train_labels[chosen].long()
+                places = places[:-1]
+            if len(places) > 1 or images == 1:
+                yield places
 
 
 def _batch(dataset: Dataset, chosen: Tensor, step: StepSettings, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ from slt_planner.environment import environment
 from slt_planner.errors import InputError
 from slt_planner.federated.checkpoint import load_checkpoint, save_checkpoint
 from slt_planner.federated.engines.base import Engine
+from slt_planner.federated.engines.cached import CachingEngine
 from slt_planner.federated.engines.local import LocalEngine
 from slt_planner.federated.engines.workers import WorkerEngine
 from slt_planner.federated.evaluate import confusion_and_loss, quality, recalibrate
@@ -80,7 +81,7 @@ def continue_run(
         rows, outcome = run_folder.keep_rounds(state.round), dict[str, object]()
         if not (folder / SPLIT).exists():
             run.images_of.save(folder / SPLIT)
-        engine = engine or (WorkerEngine(run.settings.workers) if run.settings.workers > 1 else LocalEngine())
+        engine = engine or _engine(run.settings)
         with closing(TensorboardLog(folder / TENSORBOARD, rows)) as log:
             try:
                 while state.round < run.settings.rounds:
@@ -103,6 +104,13 @@ def continue_run(
         if result.status == "finished":
             run_folder.remove_checkpoint()
     return result
+
+
+def _engine(settings: RunSettings) -> Engine:
+    """Where the clients of a run train on this machine."""
+    if settings.workers > 1:
+        return WorkerEngine(settings.workers)
+    return CachingEngine(settings.prefix_cache_bytes) if settings.prefix_cache_bytes else LocalEngine()
 
 
 def resume(folder: str | Path, model: nn.Module | str | None = None) -> RunResult:

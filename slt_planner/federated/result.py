@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from slt_planner.config import Config, Metric, Record
 from slt_planner.planning.plan import Plan
+from slt_planner.units import LARGEST_BYTES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +25,8 @@ class RunSettings(Record):
     `partition` is ``iid``, ``dirichlet:ALPHA``, ``shards:N`` or ``natural``, with at least `minimum_samples` training
     images a client. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
     rounds. With `enforce` clients train under their tier's budget. Of several `workers` each is a process that trains a
-    client on one thread; without, clients train one after the other, on as many threads as the plan's step.
+    client on one thread; without, clients train one after the other, on as many threads as the plan's step. With
+    `prefix_cache_bytes` what frozen prefixes give for clients' images is kept in that much memory.
 
     The test images are evaluated every `evaluate_every` rounds and after the last, the state is kept every
     `checkpoint_every`. `client_dropout` and `stragglers` are the probabilities that a chosen client never answers, and
@@ -48,6 +50,7 @@ class RunSettings(Record):
     seed: int = Field(default=0, ge=0, lt=2**32)
     enforce: bool = False
     workers: int = Field(default=1, ge=1, le=1024)
+    prefix_cache_bytes: int = Field(default=0, ge=0, le=LARGEST_BYTES)
     evaluate_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=1, ge=1)
     client_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -61,6 +64,14 @@ class RunSettings(Record):
     def _stages_end_where_there_are_some(self) -> "RunSettings":
         if self.rounds_policy == "plateau" and self.strategy != "slt":
             raise ValueError(f"the rounds policy plateau is for stages; {self.strategy} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _a_cache_is_of_one_process_without_limits(self) -> "RunSettings":
+        if self.prefix_cache_bytes and self.enforce:
+            raise ValueError("a prefix cache is memory that a client under an enforced budget does not have; leave one")
+        if self.prefix_cache_bytes and self.workers > 1:
+            raise ValueError("a prefix cache is of one process, and workers end with each round; leave one of them out")
         return self
 
 

@@ -140,8 +140,10 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
         InputError: settings that contradict each other, the plan or the data.
         InfeasibleError: nothing that the strategy trains fits, or a step needs more than its tier's budget here.
     """
-    _check_settings(plan, settings)
     model, graph = network
+    _check_settings(plan, settings)
+    if settings.prefix_cache_bytes:
+        _check_prefix_cache(plan, dataset, graph)
     with threads(plan.step):
         strategy = make_strategy(clients_plan(plan, settings), settings, graph)
         tier_of = deal_clients(plan, settings)
@@ -183,6 +185,17 @@ def _check_settings(plan: Plan, settings: RunSettings) -> None:
         )
     if settings.cohort_size > settings.clients:
         raise InputError(f"cohort size {settings.cohort_size} is more than the {settings.clients} clients")
+
+
+def _check_prefix_cache(plan: Plan, dataset: Dataset, graph: ModelGraph) -> None:
+    """Whether what a frozen prefix gives for an image can be the same each time."""
+    if dataset.augment:
+        raise InputError(f"a prefix cache keeps what images give, and those of {dataset.title} are augmented anew")
+    if plan.step.norms == "static" and graph.has_batch_norm:
+        raise InputError(
+            "a prefix cache keeps what an image gives alone, and the plan's norms take statistics of the batch; "
+            "plan with --norms running"
+        )
 
 
 def clients_plan(plan: Plan, settings: RunSettings) -> Plan:

@@ -106,7 +106,7 @@ def add_gradients(
     model: nn.Module, batch: Tensor, labels: Any, step: StepSettings, adapter: Adapter, share: float = 1.0
 ) -> Tensor:
     """Forward and backward of some samples; gives the share of the loss that they count with, detached."""
-    with _precision(step):
+    with precision(step):
         loss = adapter.step_loss(model, batch, labels)
     if share < 1:
         loss = loss * share
@@ -114,7 +114,8 @@ def add_gradients(
     return loss.detach()
 
 
-def _precision(step: StepSettings) -> AbstractContextManager[Any]:
+def precision(step: StepSettings) -> AbstractContextManager[Any]:
+    """What a forward pass of the step runs in."""
     if step.precision != "autocast":
         return nullcontext()
     return torch.autocast(step.device, dtype=torch.bfloat16)

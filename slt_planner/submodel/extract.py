@@ -1,7 +1,7 @@
 """From a ModelGraph and a Config to a SubModel: the same mathematics with a frozen prefix and a scaled head."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from slt_planner.graph.widths import Cut, Index
 from slt_planner.submodel.lean_operators import recomputing
 from slt_planner.submodel.lean_program import lean_program
 from slt_planner.submodel.pieces import Piece, in_pieces, most_recomputed
+from slt_planner.submodel.prefix import Split, split_program
 from slt_planner.submodel.program import segment_program, with_cuts, with_norms, with_unit_marks
 from slt_planner.submodel.slices import shape_of, take
 
@@ -72,15 +73,19 @@ class SubModel(nn.Module):
     def _compiled(self, mode: bool, enter: Callable[[int], None] | None = None) -> list[Forward]:
         """The functions that make a forward pass, one after the other, each from what the one before it gives."""
         program = self._programs.by_mode[mode]
-        if not (mode and self._levers):
+        return self._functions(program, enter) if mode else [self._function(program, enter)]
+
+    def _functions(self, program: fx.Graph, enter: Callable[[int], None] | None = None) -> list[Forward]:
+        """Those of a training program, with the levers."""
+        if not self._levers:
             return [self._function(program, enter)]
-        program = lean_program(program, self, self._levers, self.extraction.graph.programs[mode].main)
+        program = lean_program(program, self, self._levers, self.extraction.graph.programs[True].main)
         most = most_recomputed(self._levers)
         if most == 0:
             return [self._function(program, enter)]
         return [_recomputed(self._function(piece.graph, enter), piece) for piece in in_pieces(program, self, most)]
 
-    def _function(self, program: fx.Graph, enter: Callable[[int], None] | None) -> Forward:
+    def _function(self, program: fx.Graph, enter: Callable[[int], None] | None = None) -> Forward:
         if enter is not None:
             program = with_unit_marks(program, enter)
         # Only the function is kept, made from the weightless skeleton: a GraphModule is in a reference cycle and what
@@ -93,10 +98,28 @@ class SubModel(nn.Module):
 
     def run_traced(self, *inputs: Any) -> Any:
         """The part that was traced and cut; usually all of the network."""
-        outputs = inputs
-        for forward in self.passes(self.training):
-            outputs = forward(self, *outputs)
-        return pytree.tree_unflatten(list(outputs), self.extraction.graph.programs[self.training].structure)
+        return self._run(self.passes(self.training), inputs)
+
+    def _run(self, forwards: Sequence[Forward], given: tuple[Any, ...]) -> Any:
+        for forward in forwards:
+            given = forward(self, *given)
+        return pytree.tree_unflatten(list(given), self.extraction.graph.programs[self.training].structure)
+
+    def split(self, depth: int) -> Split | None:
+        """The training pass in two, after units 1..depth at most; None where these are no function of a sample alone.
+
+        `split.before`, given this or a copy and the network's arguments, gives what `run_after` takes.
+        """
+        parts = split_program(self._programs.by_mode[True], self, depth)
+        if parts is None:
+            return None
+        before, after = parts
+        names = (name for node in before.nodes for name in self.extraction.graph.tensors_of(node))
+        return Split(self._function(before), self._functions(after), tuple(dict.fromkeys(names)))
+
+    def run_after(self, split: Split, *values: Tensor) -> Any:
+        """What `forward` gives in training, from what the first part of the split gave."""
+        return self._run(split.after, values)
 
     def passes(self, mode: bool) -> list[Forward]:
         """The functions of a forward pass in training or evaluation mode; made once, and copies have them."""

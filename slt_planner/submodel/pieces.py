@@ -52,14 +52,14 @@ def in_pieces(program: fx.Graph, module: nn.Module, most: int | None = None) -> 
     inputs = sum(node.op == "placeholder" for node in nodes)
     trained = trained_nodes(program, module)
     first = next((i for i in range(inputs, len(nodes)) if nodes[i] in trained), len(nodes) - 1)
-    if all(_is_number(node) for node in nodes[inputs:first]):
+    if all(is_number(node) for node in nodes[inputs:first]):
         first = inputs  # nothing is frozen
     before_layers = list(_places(nodes, first, module))
     begins = [*([inputs] if first > inputs else []), first, *before_layers[:-1]]
     pieces: list[Piece] = []
     for begin, end in zip(begins, [*begins[1:], len(nodes)], strict=True):
-        given = _live(nodes, begin) if begin > inputs else nodes[:inputs]
-        graph = _piece(nodes[begin:end], given, _live(nodes, end))
+        given = live_values(nodes, begin) if begin > inputs else nodes[:inputs]
+        graph = graph_of(nodes[begin:end], given, live_values(nodes, end))
         more = most is None or sum(piece.recomputed for piece in pieces) < most
         again = more and first <= begin and end < len(nodes) and _is_worth_it(nodes[begin:end], given, module)
         pieces.append(Piece(graph, again))
@@ -68,9 +68,9 @@ def in_pieces(program: fx.Graph, module: nn.Module, most: int | None = None) -> 
 
 def _is_worth_it(nodes: Sequence[fx.Node], given: Sequence[fx.Node], module: nn.Module) -> bool:
     """Whether running these again is the same, and only the one tensor that is given need be kept for it."""
-    tensors = sum(not _is_number(value) for value in given)
-    calls = sum(not _is_number(node) for node in nodes)
-    again = not any(_is_random(node, module) or _moves_statistics(node, module) for node in nodes)
+    tensors = sum(not is_number(value) for value in given)
+    calls = sum(not is_number(node) for node in nodes)
+    again = not any(is_random(node, module) or moves_statistics(node, module) for node in nodes)
     return tensors == 1 and calls > 1 and again
 
 
@@ -96,20 +96,20 @@ def _tensors_alive(nodes: Sequence[fx.Node]) -> list[int]:
     number_of = {node: i for i, node in enumerate(nodes)}
     changes = [0] * (len(nodes) + 2)
     for i, node in enumerate(nodes):
-        if node.users and not _is_number(node):
+        if node.users and not is_number(node):
             changes[i + 1] += 1
             changes[max(number_of[user] for user in node.users) + 1] -= 1
     return list(accumulate(changes))
 
 
-def _is_number(node: fx.Node) -> bool:
+def is_number(node: fx.Node) -> bool:
     """Made of the batch size alone (graph/record.py), or the device: it takes no memory."""
     if node.op == "call_method":
         return node.target == "size"
     if node.op != "call_function":
         return False
     if node.target in (operator.add, operator.mul):
-        return all(_is_number(x) for x in node.all_input_nodes)
+        return all(is_number(x) for x in node.all_input_nodes)
     return node.target is getattr and node.args[1:] == ("device",)
 
 
@@ -135,7 +135,7 @@ _DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", 
 _DROPOUT_ARGUMENT = 4  # where scaled_dot_product_attention takes it
 
 
-def _is_random(node: fx.Node, module: nn.Module) -> bool:
+def is_random(node: fx.Node, module: nn.Module) -> bool:
     """Whether a call may draw random numbers, by its name or its dropout."""
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
@@ -155,7 +155,7 @@ def _is_random(node: fx.Node, module: nn.Module) -> bool:
     return bool(dropout) or (name not in _NOT_RANDOM and any(word in name for word in _RANDOM))
 
 
-def _moves_statistics(node: fx.Node, module: nn.Module) -> bool:
+def moves_statistics(node: fx.Node, module: nn.Module) -> bool:
     """A norm that is not rewritten, and whose running statistics would move once more if it ran again."""
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
@@ -165,13 +165,14 @@ def _moves_statistics(node: fx.Node, module: nn.Module) -> bool:
     return any(x.op == "get_attr" and "running" in str(x.target) for x in node.all_input_nodes)
 
 
-def _live(nodes: Sequence[fx.Node], at: int) -> list[fx.Node]:
+def live_values(nodes: Sequence[fx.Node], at: int) -> list[fx.Node]:
     """The values that are computed before a place and used from there on."""
     after = set(nodes[at:])
     return [node for node in nodes[:at] if any(user in after for user in node.users)]
 
 
-def _piece(nodes: Sequence[fx.Node], given: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> fx.Graph:
+def graph_of(nodes: Sequence[fx.Node], given: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> fx.Graph:
+    """A graph of some nodes of a program, from the values that are given to those that are wanted (or the outputs)."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for value in given:

@@ -18,7 +18,8 @@ def with_cuts(
 ) -> fx.Graph:
     """A copy of a recorded program in which inputs are cut to what their operator takes.
 
-    `dropped` nodes are left out; an output among the `silent` ones becomes None.
+    `dropped` nodes are left out; an output among the `silent` ones becomes None. Nodes get ``meta``: ``unit``, and
+    ``rows``: whether they give one tensor with a row a sample.
     """
     copied = fx.Graph()
     _copy_nodes(copied, program.nodes, dict.fromkeys(dropped), cuts, silent)
@@ -60,7 +61,7 @@ def _copy_nodes(
         if node.op == "output":
             inputs |= dict.fromkeys(silent)
         copy_of[node] = _copied(copied, node, cut, lambda n: inputs.get(n, copy_of[n]))  # noqa: B023
-        copy_of[node].meta["unit"] = node.meta["unit"]
+        copy_of[node].meta |= {"unit": node.meta["unit"], "rows": _gives_rows(node)}
 
 
 def _copied(copied: fx.Graph, node: fx.Node, cut: Cut, own: Callable[[fx.Node], Any]) -> fx.Node:
@@ -78,6 +79,14 @@ def _copied(copied: fx.Graph, node: fx.Node, cut: Cut, own: Callable[[fx.Node], 
     return copied.create_node(
         node.op, node.target, fx.node.map_arg(tuple(args), own), fx.node.map_arg(kwargs, own), node.name
     )
+
+
+def _gives_rows(node: fx.Node) -> bool:
+    """Whether it gives one tensor in which the first dimension, and no other, is the batch."""
+    match node.meta.get("dims"):
+        case (Dimension(size=1, batched=True), *others):
+            return not any(own.batched for own in others)
+    return False
 
 
 def _narrowed(copied: fx.Graph, given: Any, source: fx.Node, cuts: Mapping[fx.Node, Cut], wanted: Region) -> Any:

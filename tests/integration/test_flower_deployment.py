@@ -18,7 +18,7 @@ pytest.importorskip("ray")
 from flwr.app import Error
 
 from slt_planner.config import StepSpec
-from slt_planner.federated.engines.flower.app_folder import write_app
+from slt_planner.federated.engines.flower.app_folder import OF_ONE_MACHINE, write_app
 from slt_planner.federated.engines.flower.client import client_app
 from slt_planner.federated.engines.flower.options import FlowerOptions
 from slt_planner.federated.engines.flower.processes import LocalFederation
@@ -98,7 +98,7 @@ def in_process(folder, plan, settings, missing):
     config = {"plan": str(plan), "out": str(folder / "run"), "deadline-s": 0.05}
     config |= {
         name.replace("_", "-"): value
-        for name, value in settings.model_dump(exclude={"workers"}).items()
+        for name, value in settings.model_dump(exclude=OF_ONE_MACHINE).items()
         if value is not None
     }
     return serve(grid, config)

@@ -48,7 +48,7 @@ class LocalEngine:
         An update that the screen refuses is named in the log, and the round goes on without it. Where the training
         enforces budgets, a step that would pass its client's raises BudgetExceeded.
         """
-        with closing(self.train_cohort(run, state, cohort)) as training:
+        with closing(self.train_cohort(run, state, cohort, holders)) as training:
             for assignment in cohort:
                 began = time.perf_counter()
                 trained, loss = next(training)
@@ -59,7 +59,9 @@ class LocalEngine:
                     yield assignment.config, trained, samples
                 del trained
 
-    def train_cohort(self, run: Run, state: ServerState, cohort: Sequence[Assignment]) -> Generator[Trained]:
+    def train_cohort(
+        self, run: Run, state: ServerState, cohort: Sequence[Assignment], holders: Holders
+    ) -> Generator[Trained]:
         """What each client has trained, in the cohort's order; one trains at a time."""
         sent = SentModels(run, state)
         for assignment in cohort:

@@ -15,6 +15,7 @@ import torch
 from slt_planner.errors import SltError
 from slt_planner.federated.engines.base import Assignment
 from slt_planner.federated.engines.local import LocalEngine, SentModels, Trained, train_assignment
+from slt_planner.federated.progress import Holders
 from slt_planner.federated.setup import Run
 from slt_planner.federated.strategies.base import ServerState
 
@@ -29,7 +30,9 @@ class WorkerEngine(LocalEngine):
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
-    def train_cohort(self, run: Run, state: ServerState, cohort: Sequence[Assignment]) -> Generator[Trained]:
+    def train_cohort(
+        self, run: Run, state: ServerState, cohort: Sequence[Assignment], holders: Holders
+    ) -> Generator[Trained]:
         """As `LocalEngine.train_cohort`; at most twice as many clients as there are workers are ahead of what is taken.
 
         Raises:

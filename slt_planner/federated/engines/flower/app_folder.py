@@ -10,7 +10,7 @@ from slt_planner.files import refuse_existing, write_text
 
 FLOWER_VERSION = "1.41.0"
 _OWN_KEYS = frozenset({"plan", "out", "resume", "model"})
-_OF_ONE_MACHINE = "workers"  # a setting that means nothing where each client is a machine
+OF_ONE_MACHINE = {"workers", "prefix_cache_bytes"}  # settings that mean nothing where each client is a machine
 _TEXT = """\
 # Made by slt flower init. Each machine has slt-planner[flower] installed; this app brings nothing of its own.
 [project]
@@ -36,7 +36,7 @@ clientapp = "slt_planner.federated.engines.flower.client:app"
 
 def run_config_keys() -> set[str]:
     """What an app's configuration may hold."""
-    fields = {*FlowerOptions.model_fields, *RunSettings.model_fields} - {_OF_ONE_MACHINE}
+    fields = {*FlowerOptions.model_fields, *RunSettings.model_fields} - OF_ONE_MACHINE
     return {name.replace("_", "-") for name in fields} | _OWN_KEYS
 
 
@@ -52,7 +52,7 @@ def write_app(
     if not force:
         refuse_existing([path])
     own = {"plan": str(plan.absolute()), "out": str(out.absolute()), "resume": False, "model": model}
-    config = own | options.model_dump() | settings.model_dump(exclude={_OF_ONE_MACHINE})
+    config = own | options.model_dump() | settings.model_dump(exclude=OF_ONE_MACHINE)
     lines = [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in config.items()]
     name = "".join(c if c.isalnum() else "-" for c in folder.absolute().name.lower()).strip("-") or "run"
     write_text(path, _TEXT.format(name=name, config="\n".join(lines)), force=force)
