@@ -1,11 +1,13 @@
-"""Ways to train a round's clients faster, next to the plain loop, on CIFAR-like images.
+"""Ways to train a round's clients faster, next to the plain loop, on CIFAR-like images. Training alone is timed.
 
 With ``prefix``: 10 clients of 500 images that are not augmented, all of them in every round of one stage of a plan with
 norms running. The loop and the loop with a cache of the frozen prefix take turns in one process, round after round,
-each on what its own last round gave. Run on an idle machine:
+each on what its own last round gave. With ``batched``: clients that train the whole network, N at once, next to one
+after the other, on a device. Run on an idle machine:
 
     slt-plan resnet20 --budgets 16MB --batch-size 32 --norms running --out plan.json
-    python benchmarks/faster_clients.py prefix plan.json parquet:data/cifar10 [--stages 5,13] [--out FILE.json]
+    python benchmarks/faster_clients.py prefix plan.json parquet:data/cifar10 [--stages 9,13] [--out FILE.json]
+    python benchmarks/faster_clients.py batched plan.json parquet:data/cifar10 [--device cuda] [--clients 2,5,10]
 """
 
 import argparse
@@ -19,9 +21,11 @@ import torch
 
 from slt_planner.data.datasets import Dataset, load_dataset
 from slt_planner.environment import environment
+from slt_planner.federated.engines.base import Engine
+from slt_planner.federated.engines.batched import BatchedEngine
 from slt_planner.federated.engines.cached import CachingEngine
 from slt_planner.federated.engines.local import LocalEngine
-from slt_planner.federated.result import RunSettings
+from slt_planner.federated.result import RoundRow, RunSettings
 from slt_planner.federated.rounds import run_round
 from slt_planner.federated.setup import Run, image_shape, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
@@ -34,56 +38,74 @@ from slt_planner.units import parse_bytes
 _ROUNDS = 60
 
 
-def plain_run(plan: Plan, dataset: Dataset) -> Run:
-    """10 clients, all of them in every round."""
+def prepared(plan: Plan, dataset: Dataset, **changes: Any) -> Run:
+    """10 clients, all of them in every round; without evaluation."""
     settings = RunSettings(
-        strategy="slt", dataset="-", rounds=_ROUNDS, clients=10, cohort_size=10, local_batch=plan.batch_size, seed=11
+        dataset="-",
+        rounds=_ROUNDS,
+        clients=10,
+        cohort_size=10,
+        local_batch=plan.batch_size,
+        seed=11,
+        evaluate_every=_ROUNDS,
+        **changes,
     )
     return prepare(plan, settings, dataset, load_network(plan, settings.seed))
 
 
-def begin_of(run: Run, stage: int) -> ServerState:
-    """Before a stage's first round."""
-    rounds_of = deal_rounds(_ROUNDS, [own.rounds_fraction for own in run.plan.stages])
-    return ServerState(sum(rounds_of[:stage]), run.start.weights)
-
-
-def stay(state: ServerState, round_number: int) -> ServerState:
-    """The state in the same stage: a stage may have fewer rounds than are timed."""
-    return replace(state, round=round_number)
+def by_turns(
+    run: Run, begin: ServerState, engines: list[Engine], rounds: int
+) -> tuple[list[ServerState], list[list[RoundRow]]]:
+    """Rounds of the stage that a state is in, each engine on what its own last one gave; the last states, the rows."""
+    states, turns = [begin] * len(engines), []
+    for _ in range(rounds):
+        done = [run_round(run, state, engine) for state, engine in zip(states, engines, strict=True)]
+        states = [replace(state, round=begin.round) for state, _ in done]  # a stage may have fewer rounds than these
+        turns.append([row for _, row in done])
+    return states, turns
 
 
 def prefix_rows(plan: Plan, dataset: Dataset, stages: list[int], repeats: int, limit: int) -> list[dict[str, Any]]:
-    """Seconds of rounds with and without a cache, a row a stage."""
-    few = torch.arange(5000)
-    fewer = replace(
-        dataset, train_images=dataset.train_images[few], train_labels=dataset.train_labels[few], augment=False
-    )
-    run, rows = plain_run(plan, fewer), []
+    """Seconds of training with and without a cache, a row a stage."""
+    run, rows = prepared(plan, replace(dataset, augment=False), strategy="slt"), []
+    rounds_of = deal_rounds(_ROUNDS, [own.rounds_fraction for own in plan.stages])
     for stage in stages:
-        begin, cached = begin_of(run, stage), CachingEngine(limit)
+        begin, cached = ServerState(sum(rounds_of[:stage]), run.start.weights), CachingEngine(limit)
         run_round(run, begin)  # warm-up
-        states, turns = [begin, begin], []
-        for _ in range(repeats + 1):
-            done = [run_round(run, state, own) for state, own in zip(states, (LocalEngine(), cached), strict=True)]
-            states = [stay(state, begin.round) for state, _ in done]
-            turns.append([row for _, row in done])
-        equal = all(torch.equal(states[0].weights[name], states[1].weights[name]) for name in begin.weights)
-        (_, filling), *later = turns
-        seconds = {
-            name: [[getattr(row, name) for row in turn] for turn in later] for name in ("train_seconds", "seconds")
-        }
+        states, (filling, *turns) = by_turns(run, begin, [LocalEngine(), cached], repeats + 1)
+        seconds = [[row.train_seconds for row in turn] for turn in turns]
         rows.append(
             {
                 "stage": stage,
                 "config": str(run.strategy.evaluation_config(begin)),
-                "train_seconds": statistics.median(plain for plain, _ in seconds["train_seconds"]),
-                "train_seconds_with_cache": statistics.median(own for _, own in seconds["train_seconds"]),
-                "train_seconds_of_the_round_that_fills_it": filling.train_seconds,
-                "training_faster": statistics.median(plain / own for plain, own in seconds["train_seconds"]),
-                "round_faster": statistics.median(plain / own for plain, own in seconds["seconds"]),
+                "train_seconds": statistics.median(plain for plain, _ in seconds),
+                "train_seconds_with_cache": statistics.median(own for _, own in seconds),
+                "training_faster": statistics.median(plain / own for plain, own in seconds),
+                "first_round_faster": filling[0].train_seconds / filling[1].train_seconds,
                 "cache_bytes": cached.cache.bytes,
-                "equal_to_the_bit": equal,
+                "weights_equal_to_the_bit": all(
+                    torch.equal(states[0].weights[name], states[1].weights[name]) for name in begin.weights
+                ),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def batched_rows(plan: Plan, dataset: Dataset, counts: list[int], repeats: int, device: str) -> list[dict[str, Any]]:
+    """Images a second of the plain loop and of stacked clients that train the whole network, a row a number of them."""
+    run, rows = prepared(plan, dataset, strategy="full", device=device), []
+    for count in counts:
+        engines: list[Engine] = [LocalEngine(), BatchedEngine(count)]
+        _, (_, *turns) = by_turns(run, run.start, engines, repeats + 1)  # the first warms up
+        seconds = [[row.train_seconds for row in turn] for turn in turns]
+        images = len(dataset.train_labels)
+        rows.append(
+            {
+                "clients": count,
+                "images_per_second": images / statistics.median(plain for plain, _ in seconds),
+                "images_per_second_batched": images / statistics.median(own for _, own in seconds),
+                "faster": statistics.median(plain / own for plain, own in seconds),
             }
         )
         print(json.dumps(rows[-1]), flush=True)
@@ -92,24 +114,34 @@ def prefix_rows(plan: Plan, dataset: Dataset, stages: list[int], repeats: int, l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["prefix"])
+    parser.add_argument("part", choices=["prefix", "batched"])
     parser.add_argument("plan")
     parser.add_argument("dataset")
-    parser.add_argument("--stages", default="5,13")
+    parser.add_argument("--stages", default="9,13")
+    parser.add_argument("--clients", default="2,5,10")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", type=int, default=500, help="of a client")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cache", default="4GB")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
 
     plan = load_plan(options.plan)
-    dataset = load_dataset(options.dataset, image_shape(plan), plan.num_classes)
-    stages = [int(stage) for stage in options.stages.split(",")]
+    whole = load_dataset(options.dataset, image_shape(plan), plan.num_classes)
+    few = slice(0, 10 * options.images)
+    dataset = replace(whole, train_images=whole.train_images[few], train_labels=whole.train_labels[few])
     with threads(plan.step) as number:
-        rows = prefix_rows(plan, dataset, stages, options.repeats, parse_bytes(options.cache))
+        if options.part == "prefix":
+            stages = [int(stage) for stage in options.stages.split(",")]
+            rows = prefix_rows(plan, dataset, stages, options.repeats, parse_bytes(options.cache))
+        else:
+            counts = [int(count) for count in options.clients.split(",")]
+            rows = batched_rows(plan, dataset, counts, options.repeats, options.device)
     result = {
-        "what": "10 clients of 500 images, all test images evaluated; medians, ratios of pairs",
+        "what": f"training of 10 clients of {options.images} images; medians, ratios of pairs",
         "dataset": dataset.title,
         "batch": plan.batch_size,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "environment": environment(number),
         "rows": rows,
     }

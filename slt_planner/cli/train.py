@@ -96,6 +96,10 @@ def train(
             "images that are not augmented and a plan with norms running [none]."
         ),
     ] = None,
+    batched_clients: Annotated[
+        int, typer.Option(min=1, help="Clients whose weights are stacked and trained at once, where they train alike.")
+    ] = 1,
+    device: Annotated[str, typer.Option(help="Where clients train and images are evaluated: cpu or cuda.")] = "cpu",
     engine: Annotated[
         str,
         typer.Option(help="Where clients train: local, or flower (Flower's simulation; wants slt-planner[flower])."),
@@ -113,7 +117,13 @@ def train(
     folder, from which --resume goes on; so it does after a crash.
     """
     console, progress_console = consoles(json_output)
-    go_on = _engine(engine, workers, prefix_cache, model, deadline, minimum_answers)
+    local = {
+        "--workers": workers > 1,
+        "--prefix-cache": prefix_cache is not None,
+        "--batched-clients": batched_clients > 1,
+        "--device": device != "cpu",
+    }
+    go_on = _engine(engine, [option for option, given in local.items() if given], model, deadline, minimum_answers)
     if resume is not None:
         _refuse_settings(context, resume)
         out, results = resume, _continue_all(_begun_runs(resume, model, progress_console), progress_console, go_on)
@@ -142,6 +152,8 @@ def train(
             "enforce": enforce,
             "workers": workers,
             "prefix_cache_bytes": 0 if prefix_cache is None else parse_bytes(prefix_cache),
+            "batched_clients": batched_clients,
+            "device": chosen(device, "--device", ("cpu", "cuda")),
         }
         if chosen(rounds_policy, "--rounds-policy", ("planned", "plateau")) == "plateau" and "slt" not in strategies:
             raise InputError(f"--rounds-policy plateau is for stages; {', '.join(strategies)} has none")
@@ -165,16 +177,12 @@ def train(
         raise SltError(f"stopped after round {done} of {wanted_rounds}; go on with slt-train --resume {out}")
 
 
-def _engine(
-    engine: str, workers: int, prefix_cache: str | None, model: str | None, deadline: float, minimum_answers: int
-) -> GoOn:
-    """What continues a run in its folder, on an engine."""
+def _engine(engine: str, local: Sequence[str], model: str | None, deadline: float, minimum_answers: int) -> GoOn:
+    """What continues a run in its folder, on an engine; `local` are the options given that are of the local one."""
     if chosen(engine, "--engine", ("local", "flower")) == "local":
         return _locally
-    if workers > 1:
-        raise InputError("--workers is of the local engine; with --engine flower, Ray has its own")
-    if prefix_cache is not None:
-        raise InputError("--prefix-cache is of the local engine; Flower's processes end with each client")
+    if local:
+        raise InputError(f"{local[0]} is of the local engine; with --engine flower, Ray runs clients in its processes")
     need_flower()
     options = validated(FlowerOptions, deadline_s=deadline, minimum_answers=minimum_answers)
     return partial(_on_flower, options=options, model=model)
@@ -189,6 +197,8 @@ def _locally(run: "Run", folder: Path, progress: "Callable[[RoundRow], None]") -
 def _on_flower(
     run: "Run", folder: Path, progress: "Callable[[RoundRow], None]", options: FlowerOptions, model: str | None
 ) -> RunResult:
+    if run.settings.device != "cpu":
+        raise InputError(f"{folder}: trains on {run.settings.device}, and Flower's clients here on cpu")
     from slt_planner.federated.engines.flower.simulation import simulate
 
     return simulate(run, folder, progress, options, model)

@@ -62,7 +62,8 @@ def train_after_prefix(
     `rows` are its tensors (n, ...), `labels` (n, ...) those of the same images.
     """
     generator, adapter = torch.Generator().manual_seed(seed), _FromRows(model.extraction.graph.adapter, split, rows)
-    batches = ((places, labels[places].long()) for places in _places(len(labels), training, generator))
+    dealt, device = _places(len(labels), training, generator), training.step.device
+    batches = ((places.to(device), labels[places].long().to(device)) for places in dealt)
     return _train(model, batches, adapter, training, seed, generator)
 
 
@@ -90,15 +91,16 @@ def _train(
     budget_bytes: int | None = None,
 ) -> float:
     """Train in place on batches, which the generator makes and the adapter understands; gives the mean loss."""
-    with torch.random.fork_rng(devices=[]):
+    device = training.step.device
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
         torch.manual_seed(seed)
         steps = [
-            _Step(trained, training.step, _limit(budget_bytes, model, trained), adapter)
+            _Step(trained, training.step, _limit(budget_bytes, model, trained, device), adapter)
             for trained in _widths(model, training)
         ]
         for step in steps:
             step.trained.model.train()
-        total, images = torch.zeros(()), 0
+        total, images = torch.zeros((), device=device), 0
         for batch, labels in batches:
             step = steps[0] if len(steps) == 1 else steps[int(torch.randint(len(steps), (), generator=generator))]
             loss = step.run(batch, labels)
@@ -117,12 +119,14 @@ def _widths(model: SubModel, training: LocalTraining) -> tuple[TrainedWidth, ...
     return (TrainedWidth(model, make_optimizer(model.parameters(), training.step.optimizer, training.learning_rate)),)
 
 
-def _limit(budget_bytes: int | None, model: SubModel, trained: TrainedWidth) -> AbstractContextManager[object]:
+def _limit(
+    budget_bytes: int | None, model: SubModel, trained: TrainedWidth, device: str
+) -> AbstractContextManager[object]:
     """Nothing, or what makes a step that passes the budget fail."""
     if budget_bytes is None:
         return nullcontext()
     held = () if trained.model is model else (model,)  # a narrower network is a view of it
-    return memory_limit(budget_bytes, trained.model, trained.optimizer, *held)
+    return memory_limit(budget_bytes, trained.model, trained.optimizer, *held, device=device)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def local_batches(
     own = torch.as_tensor(indices)
     for places in _places(len(own), training, generator):
         # Nothing but the batch itself may stay alive here while the step runs: it would not be in the plan's peak.
-        yield _batch(dataset, own[places], training.step, generator), dataset.train_labels[own[places]].long()
+        yield _batch(dataset, own[places], training.step, generator), _labels(dataset, own[places], training.step)
 
 
 def _places(images: int, training: LocalTraining, generator: torch.Generator) -> Iterator[Tensor]:
@@ -169,7 +173,11 @@ def _batch(dataset: Dataset, chosen: Tensor, step: StepSettings, generator: torc
     images = dataset.train_images[chosen]
     if dataset.augment:
         images = random_crop_flip(images, generator)
-    return as_batch(normalise(images, dataset), step)
+    return as_batch(normalise(images.to(step.device), dataset), step)
+
+
+def _labels(dataset: Dataset, chosen: Tensor, step: StepSettings) -> Tensor:
+    return dataset.train_labels[chosen].long().to(step.device)
 
 
 def client_seed(seed: int, round_number: int, client: int) -> int:

@@ -32,18 +32,18 @@ def confusion_and_loss(model: SubModel, dataset: Dataset, seed: int) -> tuple[Te
     Batches are of 256 images (of as many pixels as 256 of 32x32, where images are larger), without a tail of one:
     with `static` norms each batch is normalised by its own statistics.
     """
-    adapter = model.extraction.graph.adapter
+    adapter, device = model.extraction.graph.adapter, next(model.parameters()).device
     layout = evaluation_format(model)
     model.to(memory_format=layout).eval()
     order = torch.randperm(len(dataset.test_labels), generator=torch.Generator().manual_seed(seed))
     confusion, loss = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.int64), 0.0
     with torch.inference_mode():
         for chosen in split_without_tail(order, _batch_size(dataset)):
-            batch = normalise(dataset.test_images[chosen], dataset).to(memory_format=layout)
-            labels = dataset.test_labels[chosen].long()
+            batch = normalise(dataset.test_images[chosen].to(device), dataset).to(memory_format=layout)
+            labels = dataset.test_labels[chosen].long().to(device)
             outputs = model(*adapter.inputs(batch))
             loss += float(adapter.loss(outputs, labels)) * len(chosen)
-            confusion += _confusion(adapter.scores(outputs).argmax(1), labels, dataset.num_classes)
+            confusion += _confusion(adapter.scores(outputs).argmax(1), labels, dataset.num_classes).cpu()
     return confusion, loss / len(order)
 
 

@@ -13,6 +13,7 @@ from slt_planner.environment import environment
 from slt_planner.errors import InputError
 from slt_planner.federated.checkpoint import load_checkpoint, save_checkpoint
 from slt_planner.federated.engines.base import Engine
+from slt_planner.federated.engines.batched import BatchedEngine
 from slt_planner.federated.engines.cached import CachingEngine
 from slt_planner.federated.engines.local import LocalEngine
 from slt_planner.federated.engines.workers import WorkerEngine
@@ -110,6 +111,8 @@ def _engine(settings: RunSettings) -> Engine:
     """Where the clients of a run train on this machine."""
     if settings.workers > 1:
         return WorkerEngine(settings.workers)
+    if settings.batched_clients > 1:
+        return BatchedEngine(settings.batched_clients)
     return CachingEngine(settings.prefix_cache_bytes) if settings.prefix_cache_bytes else LocalEngine()
 
 
@@ -191,7 +194,7 @@ def judge(run: Run, state: ServerState, config: Config) -> dict[str, object]:
     )
     outcome: dict[str, object] = {"status": "finished"}
     for norms, name in kinds:
-        model = extract(run.graph, weights, config, norms)
+        model = extract(run.graph, weights, config, norms).to(run.settings.device)
         counts, _ = confusion_and_loss(model, run.dataset, seed + EVALUATION_STREAM)
         outcome[name] = quality(counts, run.graph.adapter.metric)
         if norms == "static" and counts.numel() <= _MOST_COUNTS:

@@ -42,7 +42,7 @@ def nested_widths(
             trained.append(TrainedWidth(widest, own))
             continue
         config = extraction.config.model_copy(update={"head_scale": width})
-        narrow = as_trained(extract(graph, None, config, step.norms), step)
+        narrow = as_trained(extract(graph, None, config, step.norms).to(step.device), step)
         places = tensor_indices(graph, config)
         for name in narrow.held_state():
             _find(narrow, name).data = _first_entries(held[name], kept[name], places[name], name)

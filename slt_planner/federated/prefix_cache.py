@@ -124,7 +124,7 @@ def _room_for(rows: int, value: Tensor) -> Tensor:
 
 def _passed(split: Split, model: SubModel, dataset: Dataset, images: Tensor, step: StepSettings) -> Rows:
     """What passes to the rest for some training images."""
-    batch = as_batch(normalise(dataset.train_images[images], dataset), step)
+    batch = as_batch(normalise(dataset.train_images[images].to(step.device), dataset), step)
     with precision(step):
         passed: Rows = split.before(model, *model.extraction.graph.adapter.inputs(batch))
     return passed

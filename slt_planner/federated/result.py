@@ -26,7 +26,9 @@ class RunSettings(Record):
     images a client. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
     rounds. With `enforce` clients train under their tier's budget. Of several `workers` each is a process that trains a
     client on one thread; without, clients train one after the other, on as many threads as the plan's step. With
-    `prefix_cache_bytes` what frozen prefixes give for clients' images is kept in that much memory.
+    `prefix_cache_bytes` what frozen prefixes give for clients' images is kept in that much memory. Of more than one
+    `batched_clients` so many train at once, their weights stacked, where they train alike. `device` is where all of it
+    is computed; a plan's own device is where its clients' memory was measured.
 
     The test images are evaluated every `evaluate_every` rounds and after the last, the state is kept every
     `checkpoint_every`. `client_dropout` and `stragglers` are the probabilities that a chosen client never answers, and
@@ -51,6 +53,8 @@ class RunSettings(Record):
     enforce: bool = False
     workers: int = Field(default=1, ge=1, le=1024)
     prefix_cache_bytes: int = Field(default=0, ge=0, le=LARGEST_BYTES)
+    batched_clients: int = Field(default=1, ge=1, le=1024)
+    device: Literal["cpu", "cuda"] = "cpu"
     evaluate_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=1, ge=1)
     client_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -67,11 +71,15 @@ class RunSettings(Record):
         return self
 
     @model_validator(mode="after")
-    def _a_cache_is_of_one_process_without_limits(self) -> "RunSettings":
+    def _faster_ways_do_not_go_together(self) -> "RunSettings":
         if self.prefix_cache_bytes and self.enforce:
             raise ValueError("a prefix cache is memory that a client under an enforced budget does not have; leave one")
+        if self.batched_clients > 1 and self.enforce:
+            raise ValueError("batched clients share their memory, and an enforced budget is of one; leave one out")
         if self.prefix_cache_bytes and self.workers > 1:
             raise ValueError("a prefix cache is of one process, and workers end with each round; leave one of them out")
+        if self.batched_clients > 1 and (self.workers > 1 or self.prefix_cache_bytes):
+            raise ValueError("batched clients go neither with workers nor with a prefix cache; leave one of them out")
         return self
 
 

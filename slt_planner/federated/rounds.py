@@ -44,7 +44,7 @@ def run_round(run: Run, state: ServerState, engine: Engine | None = None) -> tup
     evaluating = time.perf_counter()
     accuracy, loss = None, None
     if number % settings.evaluate_every == 0 or number == settings.rounds:
-        judged = extract(run.graph, after.weights, config, run.plan.step.norms)
+        judged = extract(run.graph, after.weights, config, run.plan.step.norms).to(settings.device)
         accuracy, loss = evaluate(judged, run.dataset, settings.seed + EVALUATION_STREAM)
     ended = time.perf_counter()
     row = RoundRow(
@@ -126,7 +126,7 @@ def local_training(run: Run, state: ServerState, client_step: ClientStep) -> Loc
     """How a client of the next round trains this step."""
     settings = run.settings
     return LocalTraining(
-        step=run.step_with(client_step.levers).settings,
+        step=run.step_with(client_step.levers).settings.model_copy(update={"device": settings.device}),
         batch_size=settings.local_batch,
         epochs=settings.local_epochs,
         learning_rate=_learning_rate(run, state),

@@ -20,6 +20,7 @@ from slt_planner.federated.result import RunSettings
 from slt_planner.federated.strategies.base import ClientStep, ServerState, Strategy, init
 from slt_planner.federated.strategies.registry import make_strategy
 from slt_planner.graph.trace import ModelGraph
+from slt_planner.memory import cuda
 from slt_planner.memory.calibrate import calibrate
 from slt_planner.memory.measure import measure
 from slt_planner.memory.step import threads
@@ -171,8 +172,12 @@ def deal_clients(plan: Plan, settings: RunSettings) -> tuple[int, ...]:
 
 
 def _check_settings(plan: Plan, settings: RunSettings) -> None:
-    if plan.step.device != "cpu":
-        raise InputError(f"the plan is for {plan.step.device}; federated runs are on cpu")
+    cuda.check(settings.device)
+    if plan.step.device != settings.device and (plan.step.device == "cuda" or settings.enforce):
+        raise InputError(
+            f"the plan is for {plan.step.device}, and its steps are measured there; train with --device "
+            f"{plan.step.device}, not {settings.device}"
+        )
     if settings.local_batch > plan.batch_size:
         raise InputError(
             f"local batch {settings.local_batch} needs more memory than the plan's {plan.batch_size}; "

@@ -19,7 +19,7 @@ from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Cut, Index
 from slt_planner.submodel.lean_operators import recomputing
 from slt_planner.submodel.lean_program import lean_program
-from slt_planner.submodel.pieces import Piece, in_pieces, most_recomputed
+from slt_planner.submodel.pieces import Piece, in_pieces, is_random, most_recomputed, moves_statistics
 from slt_planner.submodel.prefix import Split, split_program
 from slt_planner.submodel.program import segment_program, with_cuts, with_norms, with_unit_marks
 from slt_planner.submodel.slices import shape_of, take
@@ -116,6 +116,13 @@ class SubModel(nn.Module):
         before, after = parts
         names = (name for node in before.nodes for name in self.extraction.graph.tensors_of(node))
         return Split(self._function(before), self._functions(after), tuple(dict.fromkeys(names)))
+
+    def is_batchable(self) -> bool:
+        """Whether torch.func can train copies of it at once: no random numbers, running statistics in modules alone."""
+        nodes = self._programs.by_mode[True].nodes
+        return not any(
+            is_random(node, self) or (node.op != "call_module" and moves_statistics(node, self)) for node in nodes
+        )
 
     def run_after(self, split: Split, *values: Tensor) -> Any:
         """What `forward` gives in training, from what the first part of the split gave."""

@@ -1,10 +1,19 @@
-"""Memory on a CUDA device: measured, predicted, limited. Skipped where there is none."""
+"""On a CUDA device: memory measured, predicted, limited; and clients that train there. Skipped where there is none."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import slt_planner as slt
+from slt_planner.federated.engines.batched import BatchedEngine
+from slt_planner.federated.engines.cached import CachingEngine
+from slt_planner.federated.engines.local import LocalEngine
+from slt_planner.federated.rounds import run_round
+from tests.unit.test_batched_clients import assert_close, trained_by
+from tests.unit.test_prefix_cache import PLENTY, running_plan
+from tests.unit.tiny_runs import dataset, full_plan, prepared, scheduled_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -57,3 +66,44 @@ def test_a_limit_stops_a_step(graph):
     images = torch.randn(64, 3, 32, 32, device="cuda")
     with pytest.raises(slt.BudgetExceeded, match="aten::"), slt.memory_limit("20MB", network, device="cuda"):
         network(images).sum().backward()
+
+
+@pytest.fixture
+def exact_products():
+    """Without TF32, whose 11 bits are another matter than the order of sums."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("strategy", ["slt", "heterofl"])
+def test_a_client_trains_on_cuda_as_on_the_cpu(exact_products, strategy):
+    there, here = (
+        prepared(scheduled_plan(), dataset(), strategy=strategy, cohort_size=5, device=device)
+        for device in ("cuda", "cpu")
+    )
+    state = replace(here.start, round=4)
+    (_, on_cuda), (_, on_cpu) = trained_by(LocalEngine(), there, state), trained_by(LocalEngine(), here, state)
+    assert all(value.device.type == "cpu" for own, _ in on_cuda for value in own.values())
+    assert_close(here, state, on_cuda, on_cpu)
+    row = run_round(there, state)[1]
+    assert row.loss == pytest.approx(run_round(here, state)[1].loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("plan", [full_plan, running_plan])
+def test_batched_clients_train_on_cuda_as_each_does_alone(exact_products, plan):
+    run = prepared(plan(), dataset(), cohort_size=5, device="cuda")
+    for number in (0, 5):
+        state = replace(run.start, round=number)
+        (_, alone), (_, stacked) = trained_by(LocalEngine(), run, state), trained_by(BatchedEngine(5), run, state)
+        assert_close(run, state, stacked, alone)
+
+
+def test_a_prefix_cache_on_cuda_changes_nothing_that_counts(exact_products):
+    run = prepared(running_plan(), dataset(), cohort_size=5, device="cuda")
+    state = replace(run.start, round=5)
+    engine = CachingEngine(PLENTY)
+    (_, plain), (_, cached) = trained_by(LocalEngine(), run, state), trained_by(engine, run, state, depth=1)
+    assert engine.cache.bytes > 0
+    assert_close(run, state, cached, plain)

@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 
 from slt_planner.federated.client import client_seed, train_after_prefix
 from slt_planner.federated.engines.base import Assignment
-from slt_planner.federated.engines.local import LocalEngine, SentModels, Trained, train_assignment
+from slt_planner.federated.engines.local import LocalEngine, SentModels, Trained, sent_back, train_assignment
 from slt_planner.federated.prefix_cache import PrefixCache
 from slt_planner.federated.progress import Holders
 from slt_planner.federated.setup import Run
@@ -38,4 +38,5 @@ class CachingEngine(LocalEngine):
             return train_assignment(run, state, assignment, sent)
         own_seed = client_seed(run.settings.seed, state.round + 1, client)
         labels = run.dataset.train_labels[images]
-        return model.trained_state(), train_after_prefix(model, prefix.split, rows, labels, training, own_seed)
+        loss = train_after_prefix(model, prefix.split, rows, labels, training, own_seed)
+        return sent_back(model.trained_state()), loss

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TypeAlias
 
@@ -84,7 +84,8 @@ class SentModels:
         if (config, step) not in self._kept:
             if len(self._kept) == len(self._run.plan.tiers):
                 self._kept.pop(next(iter(self._kept)))
-            cut = as_trained(extract(self._run.graph, self._state.weights, config, step.norms), step)
+            model = extract(self._run.graph, self._state.weights, config, step.norms).to(step.device)
+            cut = as_trained(model, step)
             cut.passes(True)
             self._kept[config, step] = cut
         return copy.deepcopy(self._kept[config, step])
@@ -100,4 +101,9 @@ def train_assignment(run: Run, state: ServerState, assignment: Assignment, sent:
     own_seed = client_seed(run.settings.seed, state.round + 1, assignment.client)
     budget = assignment.budget_bytes if training.enforce else None
     loss = train_client(model, run.dataset, assignment.indices, training, own_seed, budget)
-    return model.trained_state(), loss
+    return sent_back(model.trained_state()), loss
+
+
+def sent_back(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was trained, where the server is."""
+    return {name: value.cpu() for name, value in trained.items()}
