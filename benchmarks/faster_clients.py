@@ -13,7 +13,8 @@ after the other, on a device. Run on an idle machine:
 import argparse
 import json
 import statistics
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from slt_planner.federated.engines.base import Engine
 from slt_planner.federated.engines.batched import BatchedEngine
 from slt_planner.federated.engines.cached import CachingEngine
 from slt_planner.federated.engines.local import LocalEngine
-from slt_planner.federated.result import RoundRow, RunSettings
+from slt_planner.federated.result import RunSettings
 from slt_planner.federated.rounds import run_round
 from slt_planner.federated.setup import Run, image_shape, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
@@ -53,16 +54,36 @@ def prepared(plan: Plan, dataset: Dataset, **changes: Any) -> Run:
     return prepare(plan, settings, dataset, load_network(plan, settings.seed))
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What an engine's round took: seconds of training, and of all processors together (no waiting for other work)."""
+
+    seconds: float
+    cpu_seconds: float
+
+
 def by_turns(
     run: Run, begin: ServerState, engines: list[Engine], rounds: int
-) -> tuple[list[ServerState], list[list[RoundRow]]]:
-    """Rounds of the stage that a state is in, each engine on what its own last one gave; the last states, the rows."""
+) -> tuple[list[ServerState], list[list[Turn]]]:
+    """Rounds of the stage that a state is in, each engine on what its own last one gave; the last states, the turns."""
     states, turns = [begin] * len(engines), []
     for _ in range(rounds):
-        done = [run_round(run, state, engine) for state, engine in zip(states, engines, strict=True)]
-        states = [replace(state, round=begin.round) for state, _ in done]  # a stage may have fewer rounds than these
-        turns.append([row for _, row in done])
+        turn = []
+        for place, engine in enumerate(engines):
+            began = time.process_time()
+            after, row = run_round(run, states[place], engine)
+            turn.append(Turn(row.train_seconds, time.process_time() - began))
+            states[place] = replace(after, round=begin.round)  # a stage may have fewer rounds than these
+        turns.append(turn)
     return states, turns
+
+
+def faster(turns: list[list[Turn]]) -> dict[str, float]:
+    """Medians of the pairs' ratios."""
+    return {
+        "faster": statistics.median(plain.seconds / own.seconds for plain, own in turns),
+        "less_cpu": statistics.median(plain.cpu_seconds / own.cpu_seconds for plain, own in turns),
+    }
 
 
 def prefix_rows(plan: Plan, dataset: Dataset, stages: list[int], repeats: int, limit: int) -> list[dict[str, Any]]:
@@ -73,15 +94,14 @@ def prefix_rows(plan: Plan, dataset: Dataset, stages: list[int], repeats: int, l
         begin, cached = ServerState(sum(rounds_of[:stage]), run.start.weights), CachingEngine(limit)
         run_round(run, begin)  # warm-up
         states, (filling, *turns) = by_turns(run, begin, [LocalEngine(), cached], repeats + 1)
-        seconds = [[row.train_seconds for row in turn] for turn in turns]
         rows.append(
             {
                 "stage": stage,
                 "config": str(run.strategy.evaluation_config(begin)),
-                "train_seconds": statistics.median(plain for plain, _ in seconds),
-                "train_seconds_with_cache": statistics.median(own for _, own in seconds),
-                "training_faster": statistics.median(plain / own for plain, own in seconds),
-                "first_round_faster": filling[0].train_seconds / filling[1].train_seconds,
+                "train_seconds": statistics.median(plain.seconds for plain, _ in turns),
+                "train_seconds_with_cache": statistics.median(own.seconds for _, own in turns),
+                **faster(turns),
+                "of_the_round_that_fills_it": faster([filling]),
                 "cache_bytes": cached.cache.bytes,
                 "weights_equal_to_the_bit": all(
                     torch.equal(states[0].weights[name], states[1].weights[name]) for name in begin.weights
@@ -98,14 +118,13 @@ def batched_rows(plan: Plan, dataset: Dataset, counts: list[int], repeats: int, 
     for count in counts:
         engines: list[Engine] = [LocalEngine(), BatchedEngine(count)]
         _, (_, *turns) = by_turns(run, run.start, engines, repeats + 1)  # the first warms up
-        seconds = [[row.train_seconds for row in turn] for turn in turns]
         images = len(dataset.train_labels)
         rows.append(
             {
                 "clients": count,
-                "images_per_second": images / statistics.median(plain for plain, _ in seconds),
-                "images_per_second_batched": images / statistics.median(own for _, own in seconds),
-                "faster": statistics.median(plain / own for plain, own in seconds),
+                "images_per_second": images / statistics.median(plain.seconds for plain, _ in turns),
+                "images_per_second_batched": images / statistics.median(own.seconds for _, own in turns),
+                **faster(turns),
             }
         )
         print(json.dumps(rows[-1]), flush=True)
@@ -121,12 +140,15 @@ def main() -> None:
     parser.add_argument("--clients", default="2,5,10")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=500, help="of a client")
+    parser.add_argument("--threads", type=int, default=None, help="[the plan's]")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cache", default="4GB")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
 
     plan = load_plan(options.plan)
+    if options.threads is not None:
+        plan = plan.model_copy(update={"step": plan.step.model_copy(update={"threads": options.threads})})
     whole = load_dataset(options.dataset, image_shape(plan), plan.num_classes)
     few = slice(0, 10 * options.images)
     dataset = replace(whole, train_images=whole.train_images[few], train_labels=whole.train_labels[few])

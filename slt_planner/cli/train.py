@@ -19,7 +19,6 @@ from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan, load_plan
 from slt_planner.reporting.report import report as write_report
 from slt_planner.reporting.terminal import run_table
-from slt_planner.units import parse_bytes
 
 if TYPE_CHECKING:
     from slt_planner.data.datasets import Dataset
@@ -151,7 +150,7 @@ def train(
             "max_change": max_change,
             "enforce": enforce,
             "workers": workers,
-            "prefix_cache_bytes": 0 if prefix_cache is None else parse_bytes(prefix_cache),
+            "prefix_cache": prefix_cache,
             "batched_clients": batched_clients,
             "device": chosen(device, "--device", ("cpu", "cuda")),
         }

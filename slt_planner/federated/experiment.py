@@ -27,6 +27,7 @@ from slt_planner.federated.tensorboard_log import TensorboardLog
 from slt_planner.memory.step import threads
 from slt_planner.planning.plan import Plan
 from slt_planner.submodel.extract import extract
+from slt_planner.units import parse_bytes
 
 _MOST_COUNTS = 100_000
 
@@ -113,7 +114,7 @@ def _engine(settings: RunSettings) -> Engine:
         return WorkerEngine(settings.workers)
     if settings.batched_clients > 1:
         return BatchedEngine(settings.batched_clients)
-    return CachingEngine(settings.prefix_cache_bytes) if settings.prefix_cache_bytes else LocalEngine()
+    return LocalEngine() if settings.prefix_cache is None else CachingEngine(parse_bytes(settings.prefix_cache))
 
 
 def resume(folder: str | Path, model: nn.Module | str | None = None) -> RunResult:

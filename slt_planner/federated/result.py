@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from slt_planner.config import Config, Metric, Record
 from slt_planner.planning.plan import Plan
-from slt_planner.units import LARGEST_BYTES
+from slt_planner.units import parse_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,9 +26,9 @@ class RunSettings(Record):
     images a client. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
     rounds. With `enforce` clients train under their tier's budget. Of several `workers` each is a process that trains a
     client on one thread; without, clients train one after the other, on as many threads as the plan's step. With
-    `prefix_cache_bytes` what frozen prefixes give for clients' images is kept in that much memory. Of more than one
-    `batched_clients` so many train at once, their weights stacked, where they train alike. `device` is where all of it
-    is computed; a plan's own device is where its clients' memory was measured.
+    `prefix_cache`, such as ``1GB``, what frozen prefixes give for clients' images is kept in that much memory. Of more
+    than one `batched_clients` so many train at once, their weights stacked, where they train alike. `device` is where
+    all of it is computed; a plan's own device is where its clients' memory was measured.
 
     The test images are evaluated every `evaluate_every` rounds and after the last, the state is kept every
     `checkpoint_every`. `client_dropout` and `stragglers` are the probabilities that a chosen client never answers, and
@@ -52,7 +52,7 @@ class RunSettings(Record):
     seed: int = Field(default=0, ge=0, lt=2**32)
     enforce: bool = False
     workers: int = Field(default=1, ge=1, le=1024)
-    prefix_cache_bytes: int = Field(default=0, ge=0, le=LARGEST_BYTES)
+    prefix_cache: str | None = None
     batched_clients: int = Field(default=1, ge=1, le=1024)
     device: Literal["cpu", "cuda"] = "cpu"
     evaluate_every: int = Field(default=1, ge=1)
@@ -64,6 +64,13 @@ class RunSettings(Record):
     plateau_patience: int = Field(default=5, ge=1)
     plateau_threshold: float = Field(default=0.01, ge=0, lt=1)
 
+    @field_validator("prefix_cache")
+    @classmethod
+    def _is_an_amount(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
     @model_validator(mode="after")
     def _stages_end_where_there_are_some(self) -> "RunSettings":
         if self.rounds_policy == "plateau" and self.strategy != "slt":
@@ -72,13 +79,13 @@ class RunSettings(Record):
 
     @model_validator(mode="after")
     def _faster_ways_do_not_go_together(self) -> "RunSettings":
-        if self.prefix_cache_bytes and self.enforce:
+        if self.prefix_cache and self.enforce:
             raise ValueError("a prefix cache is memory that a client under an enforced budget does not have; leave one")
         if self.batched_clients > 1 and self.enforce:
             raise ValueError("batched clients share their memory, and an enforced budget is of one; leave one out")
-        if self.prefix_cache_bytes and self.workers > 1:
+        if self.prefix_cache and self.workers > 1:
             raise ValueError("a prefix cache is of one process, and workers end with each round; leave one of them out")
-        if self.batched_clients > 1 and (self.workers > 1 or self.prefix_cache_bytes):
+        if self.batched_clients > 1 and (self.workers > 1 or self.prefix_cache):
             raise ValueError("batched clients go neither with workers nor with a prefix cache; leave one of them out")
         return self
 

@@ -143,7 +143,7 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
     """
     model, graph = network
     _check_settings(plan, settings)
-    if settings.prefix_cache_bytes:
+    if settings.prefix_cache is not None:
         _check_prefix_cache(plan, dataset, graph)
     with threads(plan.step):
         strategy = make_strategy(clients_plan(plan, settings), settings, graph)

@@ -217,6 +217,21 @@ def test_what_does_not_go_with_resume_is_refused_in_one_line(command, stopped, t
         (["--plan", "plan.json", "--seeds", "0"], "--seeds"),
         (["--plan", "plan.json", "--checkpoint-every", "0"], "--checkpoint-every"),
         (["--plan", "plan.json", "--evaluate-every", "0"], "--evaluate-every"),
+        (["--plan", "plan.json", "--prefix-cache", "9"], "memory budget '9' has no unit"),
+        (
+            ["--plan", "plan.json", "--prefix-cache", "9MB", "--enforce"],
+            "a client under an enforced budget does not have",
+        ),
+        (["--plan", "plan.json", "--prefix-cache", "9MB", "--workers", "2"], "workers end with each round"),
+        (
+            ["--plan", "plan.json", "--prefix-cache", "9MB", "--engine", "flower"],
+            "--prefix-cache is of the local engine",
+        ),
+        (["--plan", "plan.json", "--batched-clients", "2", "--enforce"], "an enforced budget is of one"),
+        (["--plan", "plan.json", "--batched-clients", "2", "--workers", "2"], "neither with workers nor"),
+        (["--plan", "plan.json", "--batched-clients", "2", "--engine", "flower"], "--batched-clients is of the local"),
+        (["--plan", "plan.json", "--device", "cuda", "--engine", "flower"], "--device is of the local engine"),
+        (["--plan", "plan.json", "--device", "tpu"], "--device 'tpu': known are cpu, cuda"),
     ]:
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         done = command("slt-train", *words)

@@ -178,7 +178,7 @@ def test_what_does_not_go_together_is_refused_in_a_line(monkeypatch):
 
     refused("an enforced budget is of one", batched_clients=2, enforce=True)
     refused("neither with workers nor", batched_clients=2, workers=2)
-    refused("neither with workers nor", batched_clients=2, prefix_cache_bytes=1000)
+    refused("neither with workers nor", batched_clients=2, prefix_cache="1kB")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused("torch sees no CUDA device", device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

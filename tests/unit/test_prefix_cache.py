@@ -78,17 +78,17 @@ def test_a_run_with_a_cache_is_the_run_without_to_the_bit(tmp_path):
     """Small convolutions: a batch of other images gives the same rows. Three epochs, so that rows are used again."""
     changes = {"rounds": 12, "local_epochs": 3}
     plain = run(running_plan(), dataset(), tmp_path / "plain", **changes)
-    cached = run(running_plan(), dataset(), tmp_path / "cached", **changes, prefix_cache_bytes=PLENTY)
+    cached = run(running_plan(), dataset(), tmp_path / "cached", **changes, prefix_cache="100MB")
     assert {row.config.freeze_depth for row in plain.rows} > {0}
     assert timeless(plain) == timeless(cached)
     weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("plain", "cached")]
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("limit", [PLENTY, 70_000])
+@pytest.mark.parametrize("limit", ["100MB", "70kB"])
 def test_a_run_with_a_cache_goes_on_to_the_same_end(tmp_path, limit):
     """What the cache has at a moment depends on what came before, the numbers do not."""
-    changes = {"rounds": 9, "prefix_cache_bytes": limit}
+    changes = {"rounds": 9, "prefix_cache": limit}
     run(running_plan(), dataset(), tmp_path / "whole", **changes)
     begun = prepared(running_plan(), dataset(), **changes)
     begin_run(begun, tmp_path / "cut")
@@ -194,13 +194,15 @@ def test_a_prefix_that_is_no_function_of_an_image_alone_is_not_split():
 def test_where_a_cache_cannot_be_it_is_refused_in_a_line():
     def refused(words, plan=None, data=None, **changes):
         with pytest.raises(ValueError, match=words):
-            prepared(plan or running_plan(), data or dataset(), prefix_cache_bytes=PLENTY, **changes)
+            prepared(plan or running_plan(), data or dataset(), prefix_cache="100MB", **changes)
 
+    with pytest.raises(ValueError, match="no unit"):
+        settings_of(prefix_cache="9")
     refused("enforced", enforce=True)
     refused("workers end with each round", workers=2)
     refused("augmented", data=replace(dataset(), augment=True))
     refused("--norms running", plan=scheduled_plan())
-    full = settings_of(strategy="full", rounds=2, prefix_cache_bytes=PLENTY)
+    full = settings_of(strategy="full", rounds=2, prefix_cache="100MB")
     nothing_frozen = prepare(running_plan(), full, dataset(), load_network(running_plan(), 0, network()))
     engine = CachingEngine(PLENTY)
     run_round(nothing_frozen, nothing_frozen.start, engine)

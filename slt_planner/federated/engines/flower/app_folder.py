@@ -10,7 +10,7 @@ from slt_planner.files import refuse_existing, write_text
 
 FLOWER_VERSION = "1.41.0"
 _OWN_KEYS = frozenset({"plan", "out", "resume", "model"})
-OF_ONE_MACHINE = {"workers", "prefix_cache_bytes", "batched_clients", "device"}
+OF_ONE_MACHINE = {"workers", "prefix_cache", "batched_clients", "device"}
 """Settings that mean nothing where each client is a machine."""
 _TEXT = """\
 # Made by slt flower init. Each machine has slt-planner[flower] installed; this app brings nothing of its own.
