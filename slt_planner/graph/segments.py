@@ -125,13 +125,21 @@ def _segment(graph: ModelGraph, nodes: tuple[fx.Node, ...], source: fx.Node, res
 
 
 def _kind(graph: ModelGraph, node: fx.Node) -> Hashable:
-    """What a node calls or uses; a module that is not torch's is like no other."""
+    """What a node calls or uses: a module by its class and all that was set on it, if it is one of torch's; others are
+    like no other.
+    """
     stored = tuple((tuple(graph.tensor(n).shape), graph.tensor(n).dtype) for n in graph.tensors_of(node))
     if node.op != "call_module":
         return node.op, None if node.op in ("get_attr", "output") else node.target, stored
     module: nn.Module = graph.modules[str(node.target)]
-    ours = type(module).__module__.startswith("torch.nn.")
-    return type(module), str(module) if ours else str(node.target), stored
+    if not type(module).__module__.startswith("torch.nn."):
+        return node.target, stored
+    return tuple([(type(part), _settings(part)) for part in module.modules()]), stored
+
+
+def _settings(module: nn.Module) -> Hashable:
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return tuple([(name, value if isinstance(value, Hashable) else repr(value)) for name, value in own.items()])
 
 
 def _cut_key(cut: Cut | None, place: Mapping[fx.Node, int]) -> Hashable:

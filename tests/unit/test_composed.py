@@ -121,6 +121,30 @@ def test_a_deep_network_has_few_parts(monkeypatch):
     assert deep < 1.3 * shallow < 200
 
 
+class Attending(nn.Module):
+    """Attention layers that differ in what their text does not say."""
+
+    def __init__(self, *heads):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.layers = nn.ModuleList(nn.MultiheadAttention(8, number, batch_first=True) for number in heads)
+        self.norms = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)) for _ in heads)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, images):
+        x = self.stem(images).flatten(2).transpose(1, 2)
+        for attention, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(attention(x, x, x)[0])
+        return self.fc(x.mean(1))
+
+
+def test_layers_that_only_look_alike_are_told_apart():
+    graph, spec = trace(Attending(2, 4, 1, 2), (3, 16, 16)), StepSpec(batch_size=2, threads=1)
+    own = Composer(graph, spec).step(Config.full_network())
+    assert own is not None
+    assert_same(own, simulate(graph, Config.full_network(), spec, details=False))
+
+
 class Reweighed(Adapter):
     def step_loss(self, model, images, labels):
         return 2.0 * super().step_loss(model, images, labels)
