@@ -55,13 +55,13 @@ def segments(graph: ModelGraph) -> tuple[Segment, ...]:
     """The segments of a network's training program, as many as there can be with a few calls each.
 
     None at all for networks that have more than one input, outputs or calls whose place moves with the configuration,
-    or parameters that several segments share.
+    or parameters with several names.
     """
     nodes = list(graph.programs[True].graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
     if len(inputs) != 1 or any(node.meta["auxiliary"] for node in nodes):
         return ()
-    if _parameters(graph, True) != _parameters(graph, False):
+    if _parameters(graph, True) != _parameters(graph, False) or _has_shared(graph.skeleton):
         return ()
     found: list[Segment] = []
     source = inputs[0]
@@ -71,6 +71,11 @@ def segments(graph: ModelGraph) -> tuple[Segment, ...]:
         source = result or source
     stored = [name for segment in found for name in segment.tensors]
     return tuple(found) if len(stored) == len(set(stored)) else ()
+
+
+def _has_shared(skeleton: nn.Module) -> bool:
+    named = dict(skeleton.named_parameters(remove_duplicate=False))
+    return len(named) > len(dict(skeleton.named_parameters()))
 
 
 def _parameters(graph: ModelGraph, mode: bool) -> set[str]:

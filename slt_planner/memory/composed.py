@@ -209,7 +209,8 @@ class _Assembly:
                 break
             if part.source_gradient_life is not None:
                 passed = int(begin) + part.source_gradient_life
-                storages.end[passed] = storages.begin[passed]
+                if storages.category[passed] in (TEMPORARIES, ACTIVATIONS):  # else a parameter keeps it, too
+                    storages.end[passed] = storages.begin[passed]
 
     def _costs(self) -> StepCosts:
         costs = [part.costs for part in self._chain]
