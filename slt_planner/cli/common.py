@@ -106,10 +106,11 @@ def validated(record: type[_RecordT], **values: Any) -> _RecordT:
         return record(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:  # options that contradict each other
-            raise InputError(first["msg"].removeprefix("Value error, ")) from error
+            raise InputError(message) from error
         field = [str(part) for part in first["loc"] if part != "name"][-1]  # the optimizer's name is --optimizer
-        raise InputError(f"--{field.replace('_', '-')} {first['input']}: {first['msg']}") from error
+        raise InputError(f"--{field.replace('_', '-')} {first['input']}: {message}") from error
 
 
 def command_line() -> str:
