@@ -159,13 +159,15 @@ class _Assembly:
         begun = self._lay()
         lives = [part.lives for part in parts]
         storages = Storages(
-            size=np.concatenate([own.size for own in lives]),
+            size=np.concatenate([own.followed.size for own in lives]),
             begin=np.concatenate([at[own.begin[0]] + own.begin[1] for own, at in zip(lives, begun, strict=True)]),
             end=np.concatenate([at[own.end[0]] + own.end[1] for own, at in zip(lives, begun, strict=True)]),
-            category=np.concatenate([own.category for own in lives]),
-            is_number=np.concatenate([own.is_number for own in lives]),
+            category=np.concatenate([own.followed.category for own in lives]),
+            is_number=np.concatenate([own.followed.is_number for own in lives]),
         )
-        first = np.cumsum([len(part.lives.size) for part in parts])  # of the part behind, so of the chain's own number
+        first = np.cumsum(
+            [len(part.lives.followed.size) for part in parts]
+        )  # of the part behind, so of the chain's own number
         self._join(storages, begun[1 : len(self._chain) + 1], first)
         return SimulatedStep(self._calls, storages, self._costs())
 

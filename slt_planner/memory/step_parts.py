@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -32,7 +31,7 @@ from slt_planner.memory.step import (
     make_optimizer,
     state_of,
 )
-from slt_planner.memory.storages import Column, category_of
+from slt_planner.memory.storages import Column, Storages
 from slt_planner.memory.watch import FOR_EVER, Call, Storage, Watch, values_refused
 from slt_planner.submodel.extract import SubModel, extract_segment
 
@@ -57,23 +56,19 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Lives:
-    """Storages that a part brings, an entry each; `begin` and `end` have two rows, runs and calls."""
+    """Storages that a part brings, as they were `followed`; `begin` and `end` have two rows, runs and calls."""
 
-    size: Column
+    followed: Storages
     begin: Column
     end: Column
-    category: Column
-    is_number: NDArray[np.bool_]
 
     @classmethod
     def of(cls, lives: Sequence[tuple[Storage, Moment, Moment]]) -> "Lives":
-        """Storages that were followed, from one moment to another."""
+        """Storages from one moment to another."""
         return cls(
-            np.array([own.size for own, _, _ in lives], dtype=np.int64),
+            Storages.of([own for own, _, _ in lives]),
             np.array([begin for _, begin, _ in lives], dtype=np.int64).reshape(-1, 2).T,
             np.array([end for _, _, end in lives], dtype=np.int64).reshape(-1, 2).T,
-            np.array([category_of(own) for own, _, _ in lives], dtype=np.int64),
-            np.array([own.is_number for own, _, _ in lives], dtype=np.bool_),
         )
 
 

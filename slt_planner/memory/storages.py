@@ -35,7 +35,7 @@ class Storages:
             np.array([own.size for own in records], dtype=np.int64),
             np.array([own.begin for own in records], dtype=np.int64),
             np.array([own.end for own in records], dtype=np.int64),
-            np.array([category_of(own) for own in records], dtype=np.int64),
+            np.array([_category_of(own) for own in records], dtype=np.int64),
             np.array([own.is_number for own in records], dtype=np.bool_),
         )
 
@@ -68,7 +68,7 @@ class Storages:
         return _summed(self.category[which], self.size[which], len(CATEGORIES) - 1)
 
 
-def category_of(record: Storage) -> int:
+def _category_of(record: Storage) -> int:
     """Its number in CATEGORIES."""
     saved = record.saved_by is not None and record.category == "temporaries"
     return ACTIVATIONS if saved else _NUMBER[record.category]

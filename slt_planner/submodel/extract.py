@@ -1,6 +1,5 @@
 """From a ModelGraph and a Config to a SubModel: the same mathematics with a frozen prefix and a scaled head."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.segments import Segment
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.graph.widths import Cut, Index
+from slt_planner.submodel.cut_modules import Values, cut_module, filled_network
 from slt_planner.submodel.lean_operators import recomputing
 from slt_planner.submodel.lean_program import lean_program
 from slt_planner.submodel.pieces import Piece, in_pieces, is_random, most_recomputed, moves_statistics
 from slt_planner.submodel.prefix import Split, split_program
 from slt_planner.submodel.program import segment_program, with_cuts, with_norms, with_unit_marks
-from slt_planner.submodel.slices import shape_of, take
+from slt_planner.submodel.slices import shape_of
 
 Forward = Callable[..., tuple[Any, ...]]
 
@@ -246,7 +246,7 @@ def extract(
     dropped = {mode: _dropped(graph, config, mode) for mode in graph.programs}
     indices = _tensor_indices(graph, cuts, dropped)
     constants = {**graph.constants, **(dict(model.named_buffers()) if isinstance(model, nn.Module) else {})}
-    values = _Values(graph, indices, _checked_state(graph, model), constants, on_meta)
+    values = Values(graph, indices, _checked_state(graph, model), constants, on_meta)
     units = graph.unit_of_tensor()
     frozen = frozenset(name for name, unit in units.items() if unit <= config.freeze_depth)
     modules: dict[str, nn.Module] = {}
@@ -260,7 +260,7 @@ def extract(
         )
         for mode, p in graph.programs.items()
     }
-    around = _filled_network(graph, values, norms) if graph.adapter.part else None
+    around = filled_network(graph, values, norms) if graph.adapter.part else None
     return _put_together(modules, tensors, programs, Extraction(graph, config, norms, frozen), around)
 
 
@@ -276,7 +276,7 @@ def extract_segment(
         indices |= _indices_at(graph, node, cuts.get(node, Cut(())))
     modules: dict[str, nn.Module] = {}
     tensors: dict[str, Tensor] = {}
-    values = _Values(graph, indices, None, {}, on_meta=True)
+    values = Values(graph, indices, None, {}, on_meta=True)
     _add_parts(modules, tensors, segment.nodes, graph, cuts, values, norms)
     programs = {True: with_norms(segment_program(segment, cuts), norms, config.freeze_depth)}
     units = graph.unit_of_tensor()
@@ -290,14 +290,14 @@ def _add_parts(
     nodes: Iterable[fx.Node],
     graph: ModelGraph,
     cuts: Mapping[fx.Node, Cut],
-    values: "_Values",
+    values: Values,
     norms: Norms,
 ) -> None:
     """The modules that nodes call and the tensors that they use, cut, by fqn; added to those that are there."""
     for node in nodes:
         name = str(node.target)
         if node.op == "call_module" and name not in modules:
-            modules[name] = _cut_module(name, graph, cuts.get(node, Cut(())), values, norms)
+            modules[name] = cut_module(name, graph, cuts.get(node, Cut(())), values, norms)
         elif node.op == "get_attr":
             tensors[name] = values.of(name)
 
@@ -374,78 +374,6 @@ def _checked_state(graph: ModelGraph, model: nn.Module | Mapping[str, Tensor] | 
         if state[name].shape != expected.shape:
             raise InputError(f"{name} has shape {tuple(state[name].shape)}, traced was {tuple(expected.shape)}")
     return state
-
-
-class _Values:
-    """The values of a sub-model's tensors, cut; without a state they are made up."""
-
-    def __init__(
-        self,
-        graph: ModelGraph,
-        indices: Mapping[str, Index],
-        state: Mapping[str, Tensor] | None,
-        constants: Mapping[str, Tensor],
-        on_meta: bool,
-    ) -> None:
-        self._graph, self._indices, self._state, self._constants = graph, indices, state, constants
-        self._on_meta = on_meta
-        self._made: dict[str, Tensor] = {}
-        self._random = torch.Generator().manual_seed(0)  # a detector's shapes depend on made-up values too
-
-    def of(self, fqn: str) -> Tensor:
-        """A tensor's kept part; the same object every time, so that what is shared stays shared."""
-        name = self._graph.first_name(fqn)
-        if name not in self._made:
-            like = self._graph.tensor(name)
-            index = self._indices.get(name, ())
-            if self._on_meta:
-                value = torch.empty(shape_of(index, like.shape), dtype=like.dtype, device="meta")
-            elif self._state is not None and name in self._state:
-                value = take(self._state[name], index)
-            elif name in self._constants:
-                value = take(self._constants[name], index)
-            else:
-                value = _synthetic(like, index, name, self._random)
-            self._made[name] = nn.Parameter(value) if isinstance(like, nn.Parameter) else value
-        return self._made[name]
-
-
-def _cut_module(fqn: str, graph: ModelGraph, cut: Cut, values: _Values, norms: Norms) -> nn.Module:
-    """A copy of one leaf module with its sizes and tensors cut."""
-    module = copy.deepcopy(graph.modules[fqn])
-    for name, size in cut.attributes.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, size)
-    _fill(module, f"{fqn}.", values, norms)
-    return module if cut.replacement is None else cut.replacement(module)
-
-
-def _filled_network(graph: ModelGraph, values: _Values, norms: Norms) -> nn.Module:
-    """A copy of the network without its traced part."""
-    part = graph.skeleton.get_submodule(graph.adapter.part)
-    network = copy.deepcopy(graph.skeleton, {id(part): nn.Identity()})
-    _fill(network, "", values, norms)
-    return network
-
-
-def _fill(module: nn.Module, prefix: str, values: _Values, norms: Norms) -> None:
-    """Give a weightless module its values; with static norms, no running statistics."""
-    for norm in module.modules():
-        if norms == "static" and isinstance(norm, _NormBase):
-            norm.track_running_stats = False
-            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
-    for name, _ in [*module.named_parameters(), *module.named_buffers()]:
-        path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, values.of(f"{prefix}{name}"))
-
-
-def _synthetic(like: Tensor, index: Index, name: str, random: torch.Generator) -> Tensor:
-    """Values for measuring, harmless in any network: small weights, and norms that change nothing."""
-    shape = shape_of(index, like.shape)
-    if len(shape) > 1 and like.is_floating_point():
-        return torch.randn(shape, dtype=like.dtype, generator=random) * 0.05
-    zero = name.rpartition(".")[2] in ("bias", "running_mean") or not like.is_floating_point()
-    return torch.full(shape, 0 if zero else 1, dtype=like.dtype)
 
 
 def _put_module(root: nn.Module, fqn: str, module: nn.Module) -> None:
