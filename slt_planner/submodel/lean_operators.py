@@ -268,8 +268,9 @@ def convolutions(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], settings: Sequence[Settings]
 ) -> tuple[Tensor, ...]:
     """Convolutions of one tensor, a part of the batch at a time; its gradients are added up where they are made."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # there is none on meta
+        dtype = torch.get_autocast_dtype(kind)
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))

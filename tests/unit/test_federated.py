@@ -49,6 +49,16 @@ def dataset():
     return tiny_runs.dataset()
 
 
+def test_a_run_with_every_exact_lever_is_the_plain_run_but_for_rounding(full_plan, dataset, tmp_path):
+    lean_plan = solve(GRAPH, ["1GB"], SPEC, levers="exact")
+    assert "split_convolutions" in lean_plan.tiers[0].stages[0].levers
+    for name, plan in (("plain", full_plan), ("lean", lean_plan)):
+        run(plan, dataset, tmp_path / name, rounds=2)
+    plain, lean = (load_file(tmp_path / name / "weights.safetensors") for name in ("plain", "lean"))
+    for name, weight in plain.items():
+        torch.testing.assert_close(lean[name], weight, rtol=1e-4, atol=1e-5)
+
+
 def test_a_plan_of_full_tiers_is_plain_fedavg_to_the_bit(full_plan, dataset, tmp_path):
     """Twenty lines of FedAvg on the untouched network give the same weights."""
     run(full_plan, dataset, tmp_path / "run")

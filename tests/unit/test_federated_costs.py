@@ -34,7 +34,10 @@ def test_a_client_gets_and_sends_what_a_hand_count_says():
     assert costs.train_flops_per_sample == forward_1 + 2 * forward_2 + 3 * (forward_3 + forward_classifier)
 
 
-@pytest.mark.parametrize("levers", [(), ("recompute",), ("in_place_prefix", "early_updates"), ("bf16",)])
+EXACT = ("in_place_prefix", "copied_cuts", "lean_norms", "early_updates", "split_convolutions", "recompute")
+
+
+@pytest.mark.parametrize("levers", [(), ("recompute",), ("in_place_prefix", "early_updates"), ("bf16",), EXACT])
 def test_a_step_costs_what_the_planner_says(levers):
     from slt_planner.planning.bench import Bench
 
