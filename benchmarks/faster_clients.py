@@ -88,7 +88,7 @@ def faster(turns: list[list[Turn]]) -> dict[str, float]:
 
 def prefix_rows(plan: Plan, dataset: Dataset, stages: list[int], repeats: int, limit: int) -> list[dict[str, Any]]:
     """Seconds of training with and without a cache, a row a stage."""
-    run, rows = prepared(plan, replace(dataset, augment=False), strategy="slt"), []
+    run, rows = prepared(plan, dataset, strategy="slt", augment=False), []
     rounds_of = deal_rounds(_ROUNDS, [own.rounds_fraction for own in plan.stages])
     for stage in stages:
         begin, cached = ServerState(sum(rounds_of[:stage]), run.start.weights), CachingEngine(limit)

@@ -64,6 +64,10 @@ def train(
         str, typer.Option(help="How images are split over clients: iid, dirichlet:ALPHA, shards:N or natural.")
     ] = "iid",
     minimum_samples: Annotated[int, typer.Option(min=1, help="Training images that every client has at least.")] = 2,
+    no_augmentation: Annotated[
+        bool,
+        typer.Option("--no-augmentation", help="Do not crop and flip images at random, even where that makes sense."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of initial weights, split, cohorts and batches.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Make each run with so many seeds, from --seed on.")] = 1,
     rounds_policy: Annotated[
@@ -92,7 +96,7 @@ def train(
         str | None,
         typer.Option(
             help="Memory, such as 1GB, for what frozen layers give for clients' images, computed once a stage; wants "
-            "images that are not augmented and a plan with norms running [none]."
+            "images that are not augmented (see --no-augmentation) and a plan with norms running [none]."
         ),
     ] = None,
     batched_clients: Annotated[
@@ -143,6 +147,7 @@ def train(
             "data_root": None if data_root is None else str(data_root),
             "partition": partition,
             "minimum_samples": minimum_samples,
+            "augment": not no_augmentation,
             "evaluate_every": evaluate_every,
             "checkpoint_every": checkpoint_every,
             "client_dropout": client_dropout,

@@ -25,13 +25,15 @@ from slt_planner.submodel.prefix import Split
 class LocalTraining:
     """How a client trains: epochs over its images in batches of `batch_size`, at one learning rate a round.
 
-    With `widths` each batch trains the network of one of these head scales, drawn by chance.
+    With `augment` images are cropped and flipped at random, if their data set is one where that makes sense. With
+    `widths` each batch trains the network of one of these head scales, drawn by chance.
     """
 
     step: StepSettings
     batch_size: int
     epochs: int
     learning_rate: float
+    augment: bool = True
     enforce: bool = False
     widths: tuple[float, ...] = ()
 
@@ -151,7 +153,7 @@ def local_batches(
     own = torch.as_tensor(indices)
     for places in _places(len(own), training, generator):
         # Nothing but the batch itself may stay alive here while the step runs: it would not be in the plan's peak.
-        yield _batch(dataset, own[places], training.step, generator), _labels(dataset, own[places], training.step)
+        yield _batch(dataset, own[places], training, generator), _labels(dataset, own[places], training.step)
 
 
 def _places(images: int, training: LocalTraining, generator: torch.Generator) -> Iterator[Tensor]:
@@ -169,11 +171,11 @@ def _places(images: int, training: LocalTraining, generator: torch.Generator) ->
                 yield places
 
 
-def _batch(dataset: Dataset, chosen: Tensor, step: StepSettings, generator: torch.Generator) -> Tensor:
+def _batch(dataset: Dataset, chosen: Tensor, training: LocalTraining, generator: torch.Generator) -> Tensor:
     images = dataset.train_images[chosen]
-    if dataset.augment:
+    if training.augment and dataset.augment:
         images = random_crop_flip(images, generator)
-    return as_batch(normalise(images.to(step.device), dataset), step)
+    return as_batch(normalise(images.to(training.step.device), dataset), training.step)
 
 
 def _labels(dataset: Dataset, chosen: Tensor, step: StepSettings) -> Tensor:

@@ -24,7 +24,8 @@ class RunSettings(Record):
     `dataset` is what `load_dataset` takes, and `data_root` where it looks for data sets that have a name alone;
     `partition` is ``iid``, ``dirichlet:ALPHA``, ``shards:N`` or ``natural``, with at least `minimum_samples` training
     images a client. The learning rate falls from `learning_rate` to `final_learning_rate` by cosine over the
-    rounds. With `enforce` clients train under their tier's budget. Of several `workers` each is a process that trains a
+    rounds. With `augment` images are cropped and flipped at random, if they are such that this makes sense (`Dataset`).
+    With `enforce` clients train under their tier's budget. Of several `workers` each is a process that trains a
     client on one thread; without, clients train one after the other, on as many threads as the plan's step. With
     `prefix_cache`, such as ``1GB``, what frozen prefixes give for clients' images is kept in that much memory. Of more
     than one `batched_clients` so many train at once, their weights stacked, where they train alike. `device` is where
@@ -47,6 +48,7 @@ class RunSettings(Record):
     local_batch: int = Field(ge=2)
     learning_rate: float = Field(default=0.1, gt=0)
     final_learning_rate: float = Field(default=0.01, ge=0)
+    augment: bool = True
     partition: str = "iid"
     minimum_samples: int = Field(default=2, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)

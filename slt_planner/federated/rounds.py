@@ -130,6 +130,7 @@ def local_training(run: Run, state: ServerState, client_step: ClientStep) -> Loc
         batch_size=settings.local_batch,
         epochs=settings.local_epochs,
         learning_rate=_learning_rate(run, state),
+        augment=settings.augment,
         enforce=settings.enforce and run.strategy.keeps_budgets,
         widths=client_step.widths,
     )

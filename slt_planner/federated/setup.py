@@ -144,7 +144,7 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
     model, graph = network
     _check_settings(plan, settings)
     if settings.prefix_cache is not None:
-        _check_prefix_cache(plan, dataset, graph)
+        _check_prefix_cache(plan, settings, dataset, graph)
     with threads(plan.step):
         strategy = make_strategy(clients_plan(plan, settings), settings, graph)
         tier_of = deal_clients(plan, settings)
@@ -192,10 +192,13 @@ def _check_settings(plan: Plan, settings: RunSettings) -> None:
         raise InputError(f"cohort size {settings.cohort_size} is more than the {settings.clients} clients")
 
 
-def _check_prefix_cache(plan: Plan, dataset: Dataset, graph: ModelGraph) -> None:
+def _check_prefix_cache(plan: Plan, settings: RunSettings, dataset: Dataset, graph: ModelGraph) -> None:
     """Whether what a frozen prefix gives for an image can be the same each time."""
-    if dataset.augment:
-        raise InputError(f"a prefix cache keeps what images give, and those of {dataset.title} are augmented anew")
+    if settings.augment and dataset.augment:
+        raise InputError(
+            f"a prefix cache keeps what images give, and those of {dataset.title} are augmented anew each time; "
+            "train with --no-augmentation"
+        )
     if plan.step.norms == "static" and graph.has_batch_norm:
         raise InputError(
             "a prefix cache keeps what an image gives alone, and the plan's norms take statistics of the batch; "

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -248,6 +250,16 @@ def test_recalibrated_statistics_are_the_mean_over_the_servers_images(dataset):
         outputs = first(normalise(dataset.train_images, dataset))
     torch.testing.assert_close(new["1.running_mean"], outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
     assert all(torch.equal(new[k], weights[k]) for k in weights if "running" not in k)
+
+
+def test_images_are_cropped_and_flipped_where_that_makes_sense_unless_it_is_off(full_plan, dataset, tmp_path):
+    weights = {}
+    for photographs, augment in product((False, True), (False, True)):
+        folder = tmp_path / f"{photographs}-{augment}"
+        run(full_plan, replace(dataset, augment=photographs), folder, rounds=1, augment=augment)
+        weights[photographs, augment] = (folder / "weights.safetensors").read_bytes()
+    plain = weights.pop((False, False))
+    assert [own == plain for own in weights.values()] == [True, True, False]
 
 
 @pytest.mark.parametrize("augment", [False, True])

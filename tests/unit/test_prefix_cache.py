@@ -192,6 +192,8 @@ def test_a_prefix_that_is_no_function_of_an_image_alone_is_not_split():
 
 
 def test_where_a_cache_cannot_be_it_is_refused_in_a_line():
+    photographs = replace(dataset(), augment=True)
+
     def refused(words, plan=None, data=None, **changes):
         with pytest.raises(ValueError, match=words):
             prepared(plan or running_plan(), data or dataset(), prefix_cache="100MB", **changes)
@@ -200,8 +202,9 @@ def test_where_a_cache_cannot_be_it_is_refused_in_a_line():
         settings_of(prefix_cache="9")
     refused("enforced", enforce=True)
     refused("workers end with each round", workers=2)
-    refused("augmented", data=replace(dataset(), augment=True))
+    refused("augmented anew each time; train with --no-augmentation", data=photographs)
     refused("--norms running", plan=scheduled_plan())
+    prepared(running_plan(), photographs, augment=False, prefix_cache="100MB")
     full = settings_of(strategy="full", rounds=2, prefix_cache="100MB")
     nothing_frozen = prepare(running_plan(), full, dataset(), load_network(running_plan(), 0, network()))
     engine = CachingEngine(PLENTY)
