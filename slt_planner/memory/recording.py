@@ -10,9 +10,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch._C._profiler import _EventType, _RecordFunctionFast
 from torch.profiler import ProfilerActivity, profile
 
+_ALL = "slt recording"
 _MARK = "slt::"
 _SPAN = "slt::span "
 NO_SPAN = -1
@@ -66,7 +68,12 @@ def record(work: Callable[[], None], device: str = "cpu") -> list[Event]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        # In one thread and in one event: of what happens outside of events, the profiler's tree has the CPU's alone.
+        with (
+            torch.autograd.set_multithreading_enabled(False),
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+            _RecordFunctionFast(_ALL),
+        ):
             work()
     finally:
         if collecting:
