@@ -1,4 +1,4 @@
-"""What the CPU's kernels give in another number format or layout than torch's fake tensors foresee."""
+"""What kernels, the CPU's above all, give in another number format or layout than torch's fake tensors foresee."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,6 +15,8 @@ _contiguous = torch.contiguous_format
 
 def corrected(function: OpOverload, args: Sequence[Any], outputs: Any) -> Any:
     """Fake outputs of a call as its kernel gives them, for fake arguments."""
+    if function in _EVERYWHERE:
+        outputs = _EVERYWHERE[function](args, outputs)
     correction = _CORRECTIONS.get(function)
     if args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
         if correction is not None:
@@ -110,13 +112,12 @@ _BY_ENTRIES = (
     torch.ops.aten.elu_backward.default,
 )
 
+_EVERYWHERE: dict[OpOverload, _Correction] = {torch.ops.aten.native_batch_norm_backward.default: _as_asked(9)}
 _CORRECTIONS: dict[OpOverload, _Correction] = {
     torch.ops.aten.native_batch_norm.default: _both(_first_lies(_normed), _others_in_format_of(1, 2, 3, 4)),
     torch.ops.aten.native_group_norm.default: _others_in_format_of(1, 2),
     torch.ops.aten.native_layer_norm.default: _others_in_format_of(2, 3),
-    torch.ops.aten.native_batch_norm_backward.default: _both(
-        _as_asked(9), _both(_first_lies(_gradient_of_normed), _others_in_format_of(2))
-    ),
+    torch.ops.aten.native_batch_norm_backward.default: _both(_first_lies(_gradient_of_normed), _others_in_format_of(2)),
     torch.ops.aten.native_group_norm_backward.default: _both(_first_in_format_of(1), _others_in_format_of(4)),
     torch.ops.aten.native_layer_norm_backward.default: _both(_contiguous_first, _others_in_format_of(5)),
     torch.ops.aten._log_softmax_backward_data.default: _contiguous_first,

@@ -50,7 +50,7 @@ def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -
     make_hollow(module, torch.device("cuda:0" if spec.device == "cuda" else "cpu"))
     step = SteadyStep(module, spec, graph.input_shape, graph.num_classes, graph.adapter)
     attribution = Attribution()
-    watch = Watch(attribution, details)
+    watch = Watch(attribution, details, spec.device)
     watch.hold(step.tensors())
     with watch:
         step.prepare()
@@ -59,7 +59,8 @@ def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -
         attribution.begin(step.module, step.optimizer)
         hooks = torch.autograd.graph.saved_tensors_hooks(watch.say_saved, lambda tensor: tensor)
         following = attribution.following(module) if details else nullcontext()
-        with hooks, following, values_refused():
+        in_one_thread = torch.autograd.set_multithreading_enabled(False)  # as it is measured
+        with hooks, following, values_refused(), in_one_thread:
             step.run(watch.hold)
     return SimulatedStep(
         calls=watch.calls,

@@ -54,10 +54,11 @@ class _Life(weakref.ref):
 
 
 class Watch(TorchDispatchMode):
-    """Answers every operator with what it gives, and follows the storages."""
+    """Answers every operator with what it gives, and follows the storages; those on other devices take nothing."""
 
-    def __init__(self, attribution: Attribution, details: bool) -> None:
+    def __init__(self, attribution: Attribution, details: bool, device: str = "cpu") -> None:
         super().__init__()
+        self._device = device
         self.calls: list[Call] = []
         self.storages: list[Storage] = []
         self.parts: list[int] = []
@@ -81,7 +82,8 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         unit = self._attribution.operator(func, args, kwargs) if self._details else 0
         operator = operator_of(func, args, kwargs)
-        self._keep_numbers(self._numbers.change(func, args))
+        if self._device == "cpu":  # where numbers are kept
+            self._keep_numbers(self._numbers.change(func, args))
         if func is _LIFT:  # what is made of Python's numbers arrives as a real tensor
             outputs = Hollow.of(TensorSpec.of(args[0]))
         elif operator.changes_shapes:
@@ -120,7 +122,7 @@ class Watch(TorchDispatchMode):
         storage = tensor.untyped_storage()
         life = self._lives.get(storage._cdata)
         if life is None:
-            record = Storage(storage.nbytes(), self._now())
+            record = Storage(storage.nbytes() if tensor.device.type == self._device else 0, self._now())
             life = _Life(storage, self._gone(storage._cdata))
             life.record = record
             self._lives[storage._cdata] = life

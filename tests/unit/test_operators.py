@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
+from slt_planner.memory.corrections import corrected
 from slt_planner.memory.hollow import Hollow, TensorSpec
 from slt_planner.memory.operators import operator_of
 
@@ -109,6 +110,16 @@ def test_strides_that_mean_nothing_are_in_no_signature():
         == "aten.relu.default(float32[2, 1, 3, 1])"
     )
     assert signature(3, 1, 1, 1) != signature(3, 3, 1, 1)  # channels last, to kernels that ask
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gradients_that_are_not_asked_for_are_not_made(device):
+    """On every device; meta stands for those that are not there."""
+    x, weight = torch.empty(4, 6, 8, 8, device=device), torch.empty(6, device=device)
+    args = (x, x, weight, None, None, weight, weight, True, 1e-5, [False, True, True])
+    of_x, *others = corrected(ATEN.native_batch_norm_backward.default, args, (x, weight, weight))
+    assert of_x is None
+    assert [own.shape for own in others] == [weight.shape] * 2
 
 
 def place(tensor):
