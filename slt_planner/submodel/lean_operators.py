@@ -111,7 +111,9 @@ def batch_norm_in_place(
     mean, variance, count = statistics
     if count is not None and training:
         count.add_(1)
-    kept = (weight.new_empty(x.shape[1] if training else 0) for _ in range(2))
+    on_cuda = x.device.type == "cuda"  # where statistics are given in evaluation too, and in full precision
+    kind = torch.promote_types(weight.dtype, torch.float32) if on_cuda else weight.dtype
+    kept = (weight.new_empty(x.shape[1] if training or on_cuda else 0, dtype=kind) for _ in range(2))
     names = dict(zip(("save_mean", "save_invstd"), kept, strict=True))
     aten.native_batch_norm.out(x, weight, bias, mean, variance, training, momentum, eps, out=x, **names)
     return x if activation is None else ACTIVATIONS[activation].in_place(x)
