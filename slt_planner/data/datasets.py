@@ -97,7 +97,7 @@ def default_root() -> Path:
 def normalise(images: Tensor, dataset: Dataset) -> Tensor:
     """What a model takes: (images / 255 - mean) / std by channel, float32, of uint8 `images` (N, C, H, W)."""
     mean, std = (
-        torch.tensor(numbers, dtype=torch.float32, device=images.device)[:, None, None]
+        torch.tensor(numbers, dtype=torch.float32).to(images.device, non_blocking=True)[:, None, None]
         for numbers in (dataset.mean, dataset.std)
     )
     return (images.to(torch.float32) / 255).sub_(mean).div_(std)

@@ -65,7 +65,7 @@ def train_after_prefix(
     """
     generator, adapter = torch.Generator().manual_seed(seed), _FromRows(model.extraction.graph.adapter, split, rows)
     dealt, device = _places(len(labels), training, generator), training.step.device
-    batches = ((places.to(device), labels[places].long().to(device)) for places in dealt)
+    batches = ((_there(places, device), _there(labels[places].long(), device)) for places in dealt)
     return _train(model, batches, adapter, training, seed, generator)
 
 
@@ -175,11 +175,16 @@ def _batch(dataset: Dataset, chosen: Tensor, training: LocalTraining, generator:
     images = dataset.train_images[chosen]
     if training.augment and dataset.augment:
         images = random_crop_flip(images, generator)
-    return as_batch(normalise(images.to(training.step.device), dataset), training.step)
+    return as_batch(normalise(_there(images, training.step.device), dataset), training.step)
 
 
 def _labels(dataset: Dataset, chosen: Tensor, step: StepSettings) -> Tensor:
-    return dataset.train_labels[chosen].long().to(step.device)
+    return _there(dataset.train_labels[chosen].long(), step.device)
+
+
+def _there(made: Tensor, device: str) -> Tensor:
+    """What was made on the CPU, on the device; a GPU that is still at the step before is not waited for."""
+    return made.to(device, non_blocking=True)
 
 
 def client_seed(seed: int, round_number: int, client: int) -> int:
