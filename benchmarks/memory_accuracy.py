@@ -186,7 +186,8 @@ def mem_tracker(sub, graph, spec) -> tuple[int | None, str]:
     import slt_planner as slt
     from slt_planner.memory.step import as_trained, make_optimizer, training_step
 
-    module = as_trained(slt.extract(graph, None, sub.extraction.config, spec.norms), spec)
+    device = torch.device("cuda:0" if spec.device == "cuda" else "cpu")
+    module = as_trained(slt.extract(graph, None, sub.extraction.config, spec.norms).to(device), spec)
     optimizer = make_optimizer(module.parameters(), spec.optimizer, 0.0)
     tracker = MemTracker()
     try:
@@ -194,10 +195,11 @@ def mem_tracker(sub, graph, spec) -> tuple[int | None, str]:
         with tracker:
             for _ in range(2):
                 tracker.reset_mod_stats()
-                batch = torch.randn(spec.batch_size, *graph.input_shape, dtype=next(module.parameters()).dtype)
-                labels = graph.adapter.example_labels(spec.batch_size, graph.num_classes, graph.input_shape)
+                with device:
+                    batch = torch.randn(spec.batch_size, *graph.input_shape, dtype=next(module.parameters()).dtype)
+                    labels = graph.adapter.example_labels(spec.batch_size, graph.num_classes, graph.input_shape)
                 training_step(module, optimizer, batch, labels, spec, graph.adapter)
-        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], ""
+        return tracker.get_tracker_snapshot("peak")[device]["Total"], ""
     except Exception as error:  # whatever it stumbles over is its answer
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
@@ -212,7 +214,11 @@ def summary(rows: list[dict], device: str) -> dict:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "built_with": BUILT_WITH,
         "models": len({row["model"] for row in rows}),
-        "tensor_ruler": errors(rows, "tensor_predicted_bytes", "tensor_measured_bytes"),
+        "tensor_ruler": errors(
+            [row for row in rows if row["tensor_measured_bytes"] is not None],  # on CUDA it is not measured
+            "tensor_predicted_bytes",
+            "tensor_measured_bytes",
+        ),
         "allocator_ruler": errors(rows, "predicted_bytes", "measured_bytes"),
         "allocator_ruler_held_out_models": errors(held_out, "predicted_bytes", "measured_bytes"),
         "allocator_ruler_adam_or_adamw": errors(
@@ -254,9 +260,10 @@ def errors(rows: list[dict], predicted: str, measured: str) -> dict:
 
 def told(row: dict) -> str:
     off = (row["predicted_bytes"] / row["measured_bytes"] - 1) * 100
-    tensor = row["tensor_predicted_bytes"] - row["tensor_measured_bytes"]
+    measured = row["tensor_measured_bytes"]
+    tensor = "" if measured is None else f"tensor {row['tensor_predicted_bytes'] - measured:+d} B, "
     where = f"{row['model']} #{row['case']} batch {row['step']['batch_size']}"
-    return f"{where}: {row['measured_bytes'] / 1e6:.1f} MB, tensor {tensor:+d} B, allocator {off:+.4f} %"
+    return f"{where}: {row['measured_bytes'] / 1e6:.1f} MB, {tensor}allocator {off:+.4f} %"
 
 
 if __name__ == "__main__":
