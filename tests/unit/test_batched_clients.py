@@ -40,7 +40,7 @@ def trained_by(engine, here, state, depth=0):
     return cohort, list(engine.train_cohort(here, state, cohort, Holders(depth=depth)))
 
 
-def assert_close(here, state, ours, theirs):
+def assert_close(here, state, ours, theirs, close=CLOSE):
     """Each client's trained tensors and loss."""
     for (own, loss), (expected, expected_loss) in zip(ours, theirs, strict=True):
         assert own.keys() == expected.keys()
@@ -48,7 +48,7 @@ def assert_close(here, state, ours, theirs):
         moved = max(float((expected[n] - reference(here, state, n, expected[n])).abs().max()) for n in expected)
         for name, value in expected.items():
             assert own[name].dtype == value.dtype
-            assert float((own[name] - value).abs().max()) <= CLOSE * moved, name
+            assert float((own[name] - value).abs().max()) <= close * moved, name
 
 
 def reference(here, state, name, like):
