@@ -35,8 +35,8 @@ def measure(
     """Peak memory of one steady training step, by running it on random images and labels.
 
     Everything the allocator gives out during the step counts, added to what was alive before it (weights, buffers,
-    gradients, optimizer state); on CUDA not what cuBLAS keeps for ever. The module itself is not changed. With `details`, the profile has a row a freeze unit
-    (for a SubModel) and the timeline of live bytes.
+    gradients, optimizer state); on CUDA not what cuBLAS keeps for ever. The module itself is not changed. With
+    `details`, the profile has a row a freeze unit (for a SubModel) and the timeline of live bytes.
 
     Args:
         module: a SubModel, or any module of one input.
