@@ -99,7 +99,7 @@ class MemoryProfile(Record):
     tensor peak, and `missing` names the operators.
 
     On CUDA `requested_bytes` are what tensors and kernels asked for, `peak_bytes` the blocks they got, and
-    `reserved_bytes` what the allocator holds of the device.
+    `reserved_bytes` what the allocator holds of the device; the workspace that cuBLAS keeps is only among the last.
     """
 
     schema_version: Literal[1] = 1
