@@ -148,6 +148,14 @@ class StepSettings(Record):
         return StepSpec(batch_size=batch_size, micro_batch=micro_batch, **self.model_dump(exclude={"micro_batch"}))
 
 
+_FIELD_OF_LEVER = {
+    "channels_last": "memory_format",
+    "bf16": "precision",
+    "autocast": "precision",
+    "micro_batches": "micro_batch",
+}
+
+
 class StepSpec(StepSettings):
     """One training step as it is measured and run: its settings and the batch size.
 
@@ -173,21 +181,23 @@ class StepSpec(StepSettings):
     def with_levers(self, levers: Iterable[Lever]) -> "StepSpec":
         """This step with levers, beside those that it has.
 
+        Raises:
+            ValueError: levers that exclude each other.
+
         >>> StepSpec(batch_size=32).with_levers(["recompute", "micro_batches:8"]).micro_batch
         8
         """
-        fields = self.model_dump()
+        fields = self.settings.model_dump()
+        by_field: dict[str, str] = {}
         for lever in levers:
-            if lever == "channels_last":
-                fields["memory_format"] = lever
-            elif lever in ("bf16", "autocast"):
-                fields["precision"] = lever
-            elif lever.startswith("micro_batches:"):
-                fields["micro_batch"] = int(lever.partition(":")[2])
-            else:
+            field = _FIELD_OF_LEVER.get(lever.partition(":")[0])
+            if field is None:
                 fields["levers"] = (*fields["levers"], lever)
-        settings = StepSettings.model_validate({name: own for name, own in fields.items() if name != "batch_size"})
-        return settings.with_batch(self.batch_size)
+            elif by_field.setdefault(field, lever) != lever:
+                raise ValueError(f"{by_field[field]} and {lever} exclude each other; leave one of them out")
+            else:
+                fields[field] = int(lever.partition(":")[2]) if field == "micro_batch" else lever
+        return StepSettings.model_validate(fields).with_batch(self.batch_size)
 
 
 class DeviceFigures(Record):

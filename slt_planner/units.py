@@ -64,6 +64,16 @@ def parse_budgets(text: str) -> dict[str, int]:
     return budgets
 
 
+def short_bytes(number: int) -> str:
+    """An amount of bytes as people write it, with four digits at most.
+
+    >>> short_bytes(64_000_000), short_bytes(1_450_000), short_bytes(999)
+    ('64 MB', '1.45 MB', '999 B')
+    """
+    unit = next((unit for unit in ("GB", "MB", "kB") if number >= _BYTES_PER_UNIT[unit]), "B")
+    return f"{number / _BYTES_PER_UNIT[unit]:.4g} {unit}"
+
+
 def format_bytes(number: int, round_up: bool = False) -> str:
     """An amount of bytes for people, in decimal units with one decimal place; rounded up where less would not do.
 

@@ -25,8 +25,8 @@ _ChoiceT = TypeVar("_ChoiceT", bound=str)
 
 def consoles(json_output: bool) -> tuple[Console, Console]:
     """Where results and where progress go: with --json, stdout is kept for the JSON."""
-    errors = Console(stderr=True)
-    return (errors if json_output else Console(), errors)
+    errors = Console(stderr=True, emoji=False)  # a class called Cat makes a name with :Cat in it
+    return (errors if json_output else Console(emoji=False), errors)
 
 
 def run(app: typer.Typer, name: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from slt_planner.config import Metric
+from slt_planner.errors import InputError
 
 
 class Adapter:
@@ -57,8 +58,18 @@ class Adapter:
         return pytree.tree_map(lambda own: own[chosen], labels)
 
     def step_loss(self, model: nn.Module, images: Tensor, labels: Any) -> Tensor:
-        """The loss of a batch; override it only where the network computes its loss itself."""
-        return self.loss(model(*self.inputs(images)), labels)
+        """The loss of a batch; override it only where the network computes its loss itself.
+
+        Raises:
+            InputError: `loss` does not get along with the outputs.
+        """
+        outputs = model(*self.inputs(images))
+        try:
+            return self.loss(outputs, labels)
+        except (AttributeError, TypeError) as error:
+            raise InputError(
+                f"{type(self).__name__}.loss: {error}; an output that is not in a sub-model is None"
+            ) from error
 
     def example_labels(self, batch_size: int, num_classes: int, input_shape: tuple[int, ...]) -> Any:
         """Made-up labels for measuring a step: class numbers (N,)."""

@@ -199,7 +199,7 @@ def trace(
         programs=MappingProxyType(programs),
         units=units,
         input_shape=tuple(input_shape),
-        num_classes=adapter.num_classes(model) or _num_classes(programs[True]),
+        num_classes=adapter.num_classes(model) or _num_classes(programs[True], adapter),
         hash=_structure_hash(programs[True].graph, modules, input_shape),
         adapter=adapter,
         constants=_constants(model),
@@ -246,13 +246,24 @@ def _main_nodes(program: Program) -> set[fx.Node]:
     return {leaf for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and program.main in (None, i)}
 
 
-def _num_classes(program: Program) -> int:
+def _num_classes(program: Program, adapter: Adapter) -> int:
     """The size of dimension 1 of the main output."""
     (main, *_) = _main_nodes(program)
     dims: tuple[Dimension, ...] = main.meta["dims"]
     if len(dims) < 2 or not dims[0].batched:
         raise InputError(f"the network's output has {len(dims)} dimensions; it must be (N, classes, ...)")
+    if len(dims) > 2 and _takes_class_numbers(adapter):
+        more = ", ".join(str(dim.size) for dim in dims[1:])
+        raise InputError(
+            f"the network gives (N, {more}), not logits (N, classes); say what its labels are and what it minimises "
+            "with an adapter (README, Your own network)"
+        )
     return dims[1].size
+
+
+def _takes_class_numbers(adapter: Adapter) -> bool:
+    """Whether nobody says anything but that a sample has one class."""
+    return (type(adapter).loss, type(adapter).example_labels) == (Adapter.loss, Adapter.example_labels)
 
 
 def _structure_hash(program: fx.Graph, modules: Mapping[str, nn.Module], input_shape: tuple[int, ...]) -> str:

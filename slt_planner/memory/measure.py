@@ -19,6 +19,7 @@ from slt_planner.memory.attribution import Attribution, storage_bytes, unit_rows
 from slt_planner.memory.numbers import NUMBER_BYTES, SAVING
 from slt_planner.memory.profile import CATEGORIES, Category, MemoryProfile
 from slt_planner.memory.recording import NO_SPAN, Allocation, Event, Mark, SpanEnd
+from slt_planner.memory.saved import saving_seen
 from slt_planner.memory.step import SteadyStep, as_trained, device_name, threads
 from slt_planner.memory.timeline import Change, Peak, find_peak, most_at_once, timeline
 from slt_planner.submodel.extract import SubModel
@@ -156,9 +157,8 @@ class _RecordedStep:
 
         def steady() -> None:
             recording.mark("step")
-            hooks = torch.autograd.graph.saved_tensors_hooks(self._say_saved, lambda tensor: tensor)
             following = self.attribution.following(self.step.module) if self._details else nullcontext()
-            with self.spans, hooks, following:
+            with self.spans, saving_seen(self._say_saved), following:
                 self.step.run(remember)
 
         if self.step.device == "cuda":
@@ -166,9 +166,8 @@ class _RecordedStep:
         else:
             steady()
 
-    def _say_saved(self, tensor: Tensor) -> Tensor:
+    def _say_saved(self, tensor: Tensor) -> None:
         recording.mark(f"saved {tensor.untyped_storage().data_ptr()} {self.attribution.unit}")
-        return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
 
 
 @dataclass

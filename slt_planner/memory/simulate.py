@@ -12,6 +12,7 @@ from slt_planner.memory.attribution import Attribution, unit_rows
 from slt_planner.memory.flops import step_costs
 from slt_planner.memory.hollow import make_hollow
 from slt_planner.memory.profile import StepCosts, UnitRow
+from slt_planner.memory.saved import saving_seen
 from slt_planner.memory.step import SteadyStep, as_trained
 from slt_planner.memory.storages import Storages
 from slt_planner.memory.watch import Call, Watch, values_refused
@@ -57,10 +58,9 @@ def simulate(graph: ModelGraph, config: Config, spec: StepSpec, details: bool) -
         watch.hold(step.tensors())
         watch.forget_calls()
         attribution.begin(step.module, step.optimizer)
-        hooks = torch.autograd.graph.saved_tensors_hooks(watch.say_saved, lambda tensor: tensor)
         following = attribution.following(module) if details else nullcontext()
         in_one_thread = torch.autograd.set_multithreading_enabled(False)  # as it is measured
-        with hooks, following, values_refused(), in_one_thread:
+        with saving_seen(watch.say_saved), following, values_refused(), in_one_thread:
             step.run(watch.hold)
     return SimulatedStep(
         calls=watch.calls,

@@ -15,6 +15,7 @@ from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory.profile import Category
+from slt_planner.memory.saved import changes_in_place_refused
 from slt_planner.submodel.extract import SubModel, extract
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -262,7 +263,7 @@ class SteadyStep:
 
     def train(self, batch: Tensor, labels: Any) -> None:
         """The step alone."""
-        with lone_values_refused(len(batch)):
+        with lone_values_refused(len(batch)), changes_in_place_refused():
             training_step(self.module, self.optimizer, batch, labels, self._spec, self._adapter)
 
     def tensors(self) -> dict[Category, list[Tensor]]:

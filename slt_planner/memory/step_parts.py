@@ -23,6 +23,7 @@ from slt_planner.memory.attribution import Attribution
 from slt_planner.memory.flops import step_costs
 from slt_planner.memory.hollow import Hollow, TensorSpec, make_hollow
 from slt_planner.memory.profile import StepCosts
+from slt_planner.memory.saved import changes_in_place_refused, saving_seen
 from slt_planner.memory.step import (
     add_gradients,
     as_trained,
@@ -163,8 +164,12 @@ class _SegmentRun:
             watch.forget_calls()
             box = [self._make_source()]
             arrives = watch.follow(box[0])
-            hooks = torch.autograd.graph.saved_tensors_hooks(watch.say_saved, lambda tensor: tensor)
-            with hooks, values_refused(), lone_values_refused(self._spec.batch_size):
+            with (
+                saving_seen(watch.say_saved),
+                values_refused(),
+                lone_values_refused(self._spec.batch_size),
+                changes_in_place_refused(),
+            ):
                 if last:
                     self.loss = self._run_to_loss(box, batch, labels)  # which is there until the step is over
                     result, came = None, None

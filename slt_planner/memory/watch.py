@@ -151,12 +151,11 @@ class Watch(TorchDispatchMode):
             for tensor in own:
                 self.follow(tensor).category = category
 
-    def say_saved(self, tensor: Tensor) -> Tensor:
-        """Note that a tensor is saved for backward; what is saved is an alias."""
+    def say_saved(self, tensor: Tensor) -> None:
+        """Note that a tensor is saved for backward."""
         record = self.follow(tensor)
         if record.saved_by is None:
             record.saved_by = self._attribution.unit
-        return tensor.detach()  # the tensor itself would make a reference cycle with its own grad_fn
 
     def forget_calls(self) -> None:
         """The step begins here: what is alive was there before."""

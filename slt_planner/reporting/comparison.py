@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from slt_planner.planning.plan import Plan
 from slt_planner.reporting.run_groups import RunGroup, head_scales, mean, round_seconds, spread, tightest_tier
 from slt_planner.reporting.words import model_title, percent, short_scale, shorten
-from slt_planner.units import format_bytes
+from slt_planner.units import short_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +100,7 @@ def plan_comparison(labelled: Sequence[tuple[str, Plan]]) -> "pd.DataFrame":
             shared: dict[str, object] = {
                 "plan": shorten(name, 40),
                 "tier": shorten(tier.name, 24),
-                "budget (MB)": _megabytes(tier.budget_bytes),
+                "budget (MB)": _megabytes(tier.budget_bytes, 3),
                 "batch": plan.batch_size,
                 "status": tier.status,
             }
@@ -122,7 +122,7 @@ def plan_labels(plans: Sequence[Plan]) -> list[str]:
     """A name for each plan: its model and budgets, numbered where several would have the same."""
     titles = []
     for plan in plans:
-        budgets = [format_bytes(tier.budget_bytes).replace(".0 ", " ") for tier in plan.tiers]
+        budgets = [short_bytes(tier.budget_bytes) for tier in plan.tiers]
         titles.append(f"{model_title(plan)}, {shorten(', '.join(budgets), 30)}")
     counts = [titles[:place].count(title) + 1 for place, title in enumerate(titles)]
     several = [titles.count(title) > 1 for title in titles]

@@ -1,16 +1,17 @@
 """A plan measured again, for a terminal of 80 columns."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from slt_planner.config import LeverSet
 from slt_planner.planning.plan import TierPlan
 from slt_planner.planning.verification import Verification, VerifiedPeak
 from slt_planner.reporting.plan_table import plain_table
 from slt_planner.reporting.profile_view import fine_bytes
-from slt_planner.reporting.words import count, megabytes, percent, ruler, shorten
+from slt_planner.reporting.words import count, lever_letters, lever_lines, megabytes, percent, ruler, shorten
 
 
 def verification_view(verification: Verification) -> RenderableType:
@@ -18,7 +19,7 @@ def verification_view(verification: Verification) -> RenderableType:
     parts: list[RenderableType] = []
     for tier in verification.plan.feasible_tiers:
         own = [peak for peak in verification.peaks if peak.tier == tier.name]
-        parts += [_headline(tier, own), _stages(own), Text("")]
+        parts += [_headline(tier, own), _stages(own, lever_letters(verification.plan)), Text("")]
     if loose := verification.proofs_within:
         parts += [
             Text("One notch more than planned fits here; make the plan again to use it:"),
@@ -27,7 +28,8 @@ def verification_view(verification: Verification) -> RenderableType:
         ]
     note = "MB as planned and as measured now; what is left of the budget."
     measured = verification.plan.model_copy(update={"step": verification.spec.settings})
-    return Group(*parts, Text(note, style="dim"), Text(f"Measured: {ruler(measured)}.", style="dim"))
+    notes = [note, *lever_lines(verification.plan), f"Measured: {ruler(measured)}."]
+    return Group(*parts, *[Text(line, style="dim") for line in notes])
 
 
 def _headline(tier: TierPlan, peaks: Sequence[VerifiedPeak]) -> Text:
@@ -48,13 +50,13 @@ def _headline(tier: TierPlan, peaks: Sequence[VerifiedPeak]) -> Text:
     return text
 
 
-def _stages(peaks: Sequence[VerifiedPeak]) -> Table:
+def _stages(peaks: Sequence[VerifiedPeak], letters: Mapping[LeverSet, str]) -> Table:
     table = plain_table("stage", "frozen", "full", "head %", "planned", "measured", "left")
     table.add_column("")
     for peak in peaks:
         if peak.kind == "stage":
             verdict = Text("fits", style="green") if peak.holds else Text("over", style="red")
-            table.add_row(*_cells(peak), verdict)
+            table.add_row(*_cells(peak), verdict.append(f" {letters.get(peak.levers, '')}".rstrip(), style="default"))
     return table
 
 

@@ -72,7 +72,8 @@ def model_title(plan: Plan) -> str:
 
 def ruler(plan: Plan) -> str:
     """How a plan's memory was measured, in one line."""
-    return step_ruler(plan.spec) + (", made-up targets" if plan.model.data_dependent else "")
+    levers = ", and each stage's levers" if lever_letters(plan) else ""
+    return step_ruler(plan.spec) + levers + (", made-up targets" if plan.model.data_dependent else "")
 
 
 def step_ruler(spec: StepSpec) -> str:

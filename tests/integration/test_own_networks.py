@@ -76,9 +76,11 @@ def test_references_that_lead_nowhere_are_told_in_one_line(own, tmp_path, words,
 
 def test_a_factory_in_a_package_beside_the_working_directory(own, tmp_path):
     (tmp_path / "nets").mkdir()
-    (tmp_path / "nets" / "mine.py").write_text("from two_cameras import TwoCameras\ndef make(): return TwoCameras(7)\n")
-    words = ("slt-plan", "nets.mine:make", "--input-shape", "2,16,16", "--batch-size", "4", "--budgets", "1GB")
-    assert own(*words).code == 0
+    (tmp_path / "nets" / "mine.py").write_text("from two_cameras import TwoCameras\ndef cat(): return TwoCameras(7)\n")
+    words = ("slt-plan", "nets.mine:cat", "--input-shape", "2,16,16", "--batch-size", "4", "--budgets", "1GB")
+    done = own(*words)
+    assert done.code == 0
+    assert "nets.mine:cat: foresaw" in done.err  # not a picture of one
     assert load_plan(tmp_path / "plan.json").num_classes == 7
     assert "takes no num_classes" in own(*words, "--num-classes", "3", "--force").err
 

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slt_planner.config import Config
+from slt_planner.config import Config, StepSpec
 from slt_planner.errors import InputError, UnsupportedLayerError
 from slt_planner.graph.adapter import Adapter
 from slt_planner.graph.trace import trace
 from slt_planner.graph.widths import Cut, Operator, rule
+from slt_planner.memory.measure import measure
 from slt_planner.models.registry import load_model
 from slt_planner.submodel.extract import extract, tensor_indices
 from slt_planner.submodel.merge import merge
@@ -733,3 +734,29 @@ def test_a_network_with_several_outputs_must_say_which_counts():
     with pytest.raises(InputError, match="say which output counts with an adapter"):
         trace(network, (3, 6, 6))
     assert trace(network, (3, 6, 6), Logits()).num_classes == 5
+
+
+def test_scores_of_positions_want_an_adapter_that_says_what_they_are_held_against():
+    network = nn.Sequential(conv(3, 8), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    with pytest.raises(InputError, match=r"gives \(N, 5, 6, 6\), not logits \(N, classes\); say .* with an adapter"):
+        trace(network, (3, 6, 6))
+    assert trace(network, (3, 6, 6), PerPixel()).num_classes == 5
+
+
+class PerPixel(Adapter):
+    metric = "mean_iou"
+
+    def example_labels(self, batch_size, num_classes, input_shape):
+        return torch.randint(num_classes, (batch_size, *input_shape[1:]))
+
+
+class BothLosses(Logits):
+    def loss(self, outputs, labels):
+        return F.cross_entropy(outputs["logits"], labels) + F.cross_entropy(outputs["side"], labels)
+
+
+def test_a_loss_that_wants_a_dropped_output_is_told_so():
+    graph = trace(AuxiliaryHead(), (3, 6, 6), BothLosses())
+    frozen = Config(freeze_depth=1, full_depth=2, head_scale=0.5)
+    with pytest.raises(InputError, match=r"BothLosses.loss: .* NoneType; an output that is not in a sub-model is None"):
+        measure(extract(graph, None, frozen), StepSpec(batch_size=4, threads=1))

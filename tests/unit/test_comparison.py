@@ -87,6 +87,15 @@ def test_plans_of_one_name_are_told_apart(plan: Plan) -> None:
     ]
 
 
+def test_budgets_are_what_was_asked_for() -> None:
+    sample = sample_plan((80, 90, 100))
+    budgets = (81_450_000, 90_040_000, 2_000_060_000)
+    tiers = [tier.model_copy(update={"budget_bytes": own}) for tier, own in zip(sample.tiers, budgets, strict=True)]
+    plan = sample.model_copy(update={"tiers": tuple(tiers)})
+    assert plan_labels([plan]) == ["resnet20, 81.45 MB, 90.04 MB, 2 GB"]
+    assert list(plan_comparison([("plan", plan)])["budget (MB)"]) == [81.45, 90.04, 2000.06]
+
+
 def test_plans_and_runs_do_not_mix(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="plans and runs do not go into one report"):
         report([plan, sample_run(plan=plan, rounds=2)], tmp_path / "x.html")  # type: ignore[list-item]

@@ -86,6 +86,12 @@ def test_a_lever_that_does_not_exist_is_refused_with_the_list_of_those_that_do(a
         lever_sets(asked, StepSpec(), images=True)
 
 
+@pytest.mark.parametrize("asked", ["micro_batches:8,micro_batches:4", "lean_norms,bf16,autocast"])
+def test_levers_that_exclude_each_other_are_refused(asked):
+    with pytest.raises(InputError, match=f"--levers {asked}: .* and .* exclude each other; leave one of them out"):
+        lever_sets(asked, StepSpec(batch_size=32), images=True)
+
+
 def test_a_step_with_levers_is_the_same_step_but_for_them():
     spec = StepSpec(batch_size=32, optimizer="adam", threads=1)
     lean = spec.with_levers(["recompute", "in_place_prefix", "channels_last", "micro_batches:8", "autocast"])

@@ -59,6 +59,17 @@ def test_a_plan_holds_where_it_was_made_and_each_step_is_measured_once(plan):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_levers_are_named_with_what_was_measured(plan):
+    lean = slt.solve(
+        GRAPH, [slt.Tier(name="all", budget_bytes=plan.tiers[1].budget_bytes, share=1)], SPEC, levers="exact"
+    )
+    text = " ".join(shown(verify(lean, NETWORK)).split())
+    assert "fits a" in text
+    assert "Levers a: " in text
+    assert text.endswith("SGD momentum 0.9, 1 thread, and each stage's levers.")
+    assert "lever" not in shown(verify(plan, NETWORK))
+
+
 def test_a_plan_from_a_machine_that_needs_less_is_over_here(plan):
     verification = verify(made_elsewhere(plan, 0.8), NETWORK)
     assert verification.stages_over
