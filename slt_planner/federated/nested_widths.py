@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from slt_planner.config import StepSettings
 from slt_planner.errors import UnsupportedLayerError
-from slt_planner.graph.widths import Index
 from slt_planner.memory.step import as_trained, make_optimizer
 from slt_planner.submodel.extract import SubModel, extract, tensor_indices
 
@@ -20,6 +19,26 @@ class TrainedWidth:
     optimizer: torch.optim.Optimizer
 
 
+def check_nested(widest: SubModel, widths: tuple[float, ...]) -> None:
+    """Whether the entries of each of these head scales are the first ones of the widest's, so that views can have them.
+
+    Raises:
+        UnsupportedLayerError: those of a tensor are not (after a concatenation, or of attention's joint projection).
+    """
+    graph, config = widest.extraction.graph, widest.extraction.config
+    kept = tensor_indices(graph, config)
+    for width in widths:
+        places = tensor_indices(graph, config.model_copy(update={"head_scale": width}))
+        for name in widest.held_state():
+            for dim, inner in enumerate(places[name]):
+                outer = kept[name][dim].indices if kept[name] else range(inner.size)
+                if list(outer[: inner.width]) != list(inner.indices):
+                    raise UnsupportedLayerError(
+                        f"{name}: its entries at head scale {width:.3g} are not the first ones of those at "
+                        f"{config.head_scale:.3g}, and fjord trains views of them; use heterofl, of one width a client"
+                    )
+
+
 def nested_widths(
     widest: SubModel, widths: tuple[float, ...], step: StepSettings, learning_rate: float
 ) -> tuple[TrainedWidth, ...]:
@@ -29,13 +48,13 @@ def nested_widths(
     entries that it has and no others, and all widths together take the memory of the widest.
 
     Raises:
-        UnsupportedLayerError: a layer's narrower entries are not its first ones (such as after a concatenation).
+        UnsupportedLayerError: as `check_nested`.
     """
+    check_nested(widest, widths)
     extraction = widest.extraction
     graph, own = extraction.graph, make_optimizer(widest.parameters(), step.optimizer, learning_rate)
     _make_state(own)
-    kept, held = tensor_indices(graph, extraction.config), widest.held_state()
-    by_name = dict(widest.named_parameters())
+    held, by_name = widest.held_state(), dict(widest.named_parameters())
     trained = []
     for width in widths:
         if width == extraction.config.head_scale:
@@ -43,13 +62,12 @@ def nested_widths(
             continue
         config = extraction.config.model_copy(update={"head_scale": width})
         narrow = as_trained(extract(graph, None, config, step.norms).to(step.device), step)
-        places = tensor_indices(graph, config)
-        for name in narrow.held_state():
-            _find(narrow, name).data = _first_entries(held[name], kept[name], places[name], name)
+        for name, cut in narrow.held_state().items():
+            _find(narrow, name).data = _first_entries(held[name], cut.shape)
         optimizer = make_optimizer(narrow.parameters(), step.optimizer, learning_rate)
         for name, parameter in narrow.named_parameters():
             optimizer.state[parameter] = {
-                key: _first_entries(value, kept[name], places[name], name) if value.dim() else value
+                key: _first_entries(value, parameter.shape) if value.dim() else value
                 for key, value in own.state.get(by_name[name], {}).items()
             }
         trained.append(TrainedWidth(narrow, optimizer))
@@ -79,14 +97,9 @@ def _find(model: nn.Module, fqn: str) -> Tensor:
     return tensor
 
 
-def _first_entries(wide: Tensor, kept: Index, narrow: Index, name: str) -> Tensor:
-    """A view of the entries that the narrower index keeps of what the wider one does (all, where it names none)."""
+def _first_entries(wide: Tensor, shape: torch.Size) -> Tensor:
+    """A view of the first entries along each dimension, so many as the shape says."""
     view = wide.detach()
-    for dim, inner in enumerate(narrow):
-        outer = kept[dim].indices if kept else range(view.shape[dim])
-        if list(outer[: inner.width]) != list(inner.indices):
-            raise UnsupportedLayerError(
-                f"{name}: its narrower entries are not its first ones; fjord trains views of them"
-            )
-        view = view.narrow(dim, 0, inner.width)
+    for dim, size in enumerate(shape):
+        view = view.narrow(dim, 0, size)
     return view

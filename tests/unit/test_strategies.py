@@ -297,8 +297,28 @@ def test_widths_after_a_concatenation_are_refused_by_name():
 
     graph = trace(Concatenated(), (3, 8, 8))
     widest = extract(graph, None, Config(freeze_depth=0, full_depth=0, head_scale=0.75))
-    with pytest.raises(UnsupportedLayerError, match=r"classifier\.weight: its narrower entries are not its first ones"):
+    with pytest.raises(UnsupportedLayerError, match=r"classifier\.weight: its entries at head scale 0\.5 are not"):
         nested_widths(widest, (0.5, 0.75), SPEC, 0.1)
+
+
+def test_widths_that_are_no_views_are_refused_before_anything_is_trained(dataset):
+    class Attentive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 10, 4, 4)
+            self.attention = nn.MultiheadAttention(10, 5, batch_first=True)
+            self.classifier = nn.Linear(10, 3)
+
+        def forward(self, x):
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            return self.classifier((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+    model = Attentive()
+    graph = trace(model, (3, 8, 8))
+    roomy = solve(graph, ["1GB"], SPEC, verify=False)
+    with pytest.raises(UnsupportedLayerError, match=r"attention\.in_proj_weight: .* use heterofl"):
+        prepared("fjord", (model, graph), roomy, dataset)
+    assert prepared("heterofl", (model, graph), roomy, dataset)
 
 
 def test_the_training_of_a_client_with_one_width_is_that_of_its_sub_model(network, plan, dataset):

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+from slt_planner.federated.nested_widths import check_nested
 from slt_planner.federated.strategies.base import ClientStep, OneStepATier
 from slt_planner.federated.strategies.fitting import fitting_steps
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.planning.largest import WIDTHS
 from slt_planner.planning.plan import Plan
+from slt_planner.submodel.extract import extract
 
 _STEPS = 5
 
@@ -19,11 +21,15 @@ class OrderedDropout(OneStepATier):
 
     Raises:
         InfeasibleError: the narrowest network fits no tier.
+        UnsupportedLayerError: a tier's widths are no views of its widest.
     """
 
     def __init__(self, plan: Plan, graph: ModelGraph) -> None:
-        steps = fitting_steps("fjord", plan, graph, WIDTHS)
-        super().__init__({tier: replace(step, widths=_widths(step)) for tier, step in steps.items()})
+        fitting = fitting_steps("fjord", plan, graph, WIDTHS)
+        steps = {tier: replace(step, widths=_widths(step)) for tier, step in fitting.items()}
+        for step in steps.values():
+            check_nested(extract(graph, None, step.config, plan.step.norms, on_meta=True), step.widths)
+        super().__init__(steps)
 
 
 def _widths(step: ClientStep) -> tuple[float, ...]:

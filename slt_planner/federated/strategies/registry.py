@@ -18,7 +18,7 @@ def make_strategy(plan: Plan, settings: RunSettings, graph: ModelGraph) -> Strat
     """The strategy of a run, by its name.
 
     Raises:
-        InputError: fewer rounds than stages (``slt``).
+        InputError: fewer rounds than stages (``slt``), or widths that are no views of the widest (``fjord``).
         InfeasibleError: nothing that the method trains fits any tier.
     """
     match settings.strategy:
