@@ -1,7 +1,7 @@
 """Before the first round: who takes part, with which images, on which strategy, and whether every step fits."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from slt_planner.config import LeverSet, Record, StepSpec
+from slt_planner.config import Config, LeverSet, Record, StepSpec
 from slt_planner.data.datasets import Dataset, load_dataset
 from slt_planner.data.partition import Partition, partition
 from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.federated.accounting import ClientCosts, client_costs
+from slt_planner.federated.network_and_data import check_lone_images
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.strategies.base import ClientStep, ServerState, Strategy, init
 from slt_planner.federated.strategies.registry import make_strategy
@@ -138,7 +139,7 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
         network: the network to start from and its graph, as `load_network` gives them.
 
     Raises:
-        InputError: settings that contradict each other, the plan or the data.
+        InputError: settings that contradict each other, the plan or the data, or a network that cannot be trained so.
         InfeasibleError: nothing that the strategy trains fits, or a step needs more than its tier's budget here.
     """
     model, graph = network
@@ -158,6 +159,7 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
             groups=dataset.train_groups,
             minimum=settings.minimum_samples,
         )
+        check_lone_images(graph, plan.step.norms, dataset, _trained_on_one_image(plan, strategy, tier_of, images))
         peaks = _client_peaks(plan, settings, graph, strategy)
         costs = {step: client_costs(graph, step, step_with(plan, settings, step.levers)) for step in peaks}
     return Run(plan, settings, graph, strategy, dataset, tier_of, images, peaks, costs, init(model))
@@ -169,6 +171,18 @@ def deal_clients(plan: Plan, settings: RunSettings) -> tuple[int, ...]:
     dealt = [tier for tier, count in enumerate(counts) for _ in range(count)]
     np.random.default_rng([settings.seed, _DEAL_STREAM]).shuffle(dealt)
     return tuple(dealt)
+
+
+def _trained_on_one_image(
+    plan: Plan, strategy: Strategy, tier_of: Sequence[int], images: Partition
+) -> dict[int, list[Config]]:
+    """What clients with one image may train: the first such client of each tier stands for the others."""
+    clients = np.flatnonzero(images.sizes == 1)
+    tiers, first = np.unique(np.asarray(tier_of)[clients], return_index=True)
+    return {
+        int(client): [step.config for step in strategy.tier_steps(plan.tiers[tier].name)]
+        for tier, client in zip(tiers, clients[first], strict=True)
+    }
 
 
 def _check_settings(plan: Plan, settings: RunSettings) -> None:

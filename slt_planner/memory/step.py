@@ -192,8 +192,8 @@ def device_name(device: str, number_of_threads: int) -> str:
 
 
 @contextmanager
-def lone_values_refused(batch_size: int) -> Iterator[None]:
-    """Batch norm's refusal of a single value a channel, in our words.
+def lone_values_refused(what: str, right: str = "use 2 or more") -> Iterator[None]:
+    """Batch norm's refusal of a single value a channel, in our words: what it is given, and what would be right.
 
     Raises:
         InputError: that is what it got.
@@ -203,7 +203,7 @@ def lone_values_refused(batch_size: int) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise InputError(f"batch {batch_size}: batch norm would see one value a channel; use 2 or more") from error
+        raise InputError(f"{what}: batch norm would see one value a channel; {right}") from error
 
 
 def _refuse_lone_samples(module: nn.Module, spec: StepSpec) -> None:
@@ -263,7 +263,7 @@ class SteadyStep:
 
     def train(self, batch: Tensor, labels: Any) -> None:
         """The step alone."""
-        with lone_values_refused(len(batch)), changes_in_place_refused():
+        with lone_values_refused(f"batch {len(batch)}"), changes_in_place_refused():
             training_step(self.module, self.optimizer, batch, labels, self._spec, self._adapter)
 
     def tensors(self) -> dict[Category, list[Tensor]]:

@@ -167,7 +167,7 @@ class _SegmentRun:
             with (
                 saving_seen(watch.say_saved),
                 values_refused(),
-                lone_values_refused(self._spec.batch_size),
+                lone_values_refused(f"batch {self._spec.batch_size}"),
                 changes_in_place_refused(),
             ):
                 if last:

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from slt_planner.config import Config, StepSpec, Tier
 from slt_planner.data.datasets import Dataset, normalise
@@ -19,9 +21,10 @@ from slt_planner.errors import BudgetExceeded, InfeasibleError, InputError
 from slt_planner.federated.client import LocalTraining, client_seed, learning_rate, train_client
 from slt_planner.federated.evaluate import evaluate, recalibrate, split_without_tail
 from slt_planner.federated.experiment import run_experiment, train
+from slt_planner.federated.network_and_data import check_lone_images
 from slt_planner.federated.result import TIMING_FIELDS, RunSettings
 from slt_planner.federated.run_folder import load_run
-from slt_planner.federated.setup import deal_clients, default_settings, load_network
+from slt_planner.federated.setup import deal_clients, default_settings, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
 from slt_planner.graph.trace import trace
@@ -204,6 +207,58 @@ def test_settings_that_do_not_go_together_are_refused(full_plan, scheduled_plan,
         load_network(full_plan, 0, torch.nn.Sequential(*list(network())[:2], *list(network())[3:]))
     with pytest.raises(InputError, match="the plan names no model"):
         load_network(full_plan, 0)
+
+
+class LoneValues(nn.Module):
+    """Its second norm sees a value a channel and image, its first one sixteen."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.wide = nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4)
+        self.hidden, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8)
+        self.last, self.classifier = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.wide(self.conv(x)).relu().mean((2, 3))
+        x = self.norm(self.hidden(x)).relu()
+        return self.classifier(self.last(x).relu())
+
+
+@pytest.mark.parametrize("norms", ["static", "running"])
+def test_a_norm_that_would_see_one_value_is_refused_before_anything_is_trained(dataset, norms):
+    model = LoneValues()
+    graph = trace(model, (3, 16, 16))
+    plan = solve(graph, ["1GB"], SPEC.model_copy(update={"norms": norms}), verify=False)
+
+    def prepared_on(data, **changes):
+        return prepare(plan, settings_of(**changes), data, (model, graph))
+
+    one_each = {"clients": 40, "minimum_samples": 1, "partition": "natural"}
+    groups = torch.arange(80).clamp(max=39)  # the last of 40 clients has all that the others leave
+    with pytest.raises(InputError, match=r"client \d+ has one image: batch norm .* use --minimum-samples 2"):
+        prepared_on(replace(dataset, train_groups=groups), **one_each)
+    one_test_image = replace(dataset, test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1])
+    with pytest.raises(InputError, match="made up has one test image: batch norm would see one value a channel"):
+        prepared_on(one_test_image)
+    with pytest.raises(InputError, match="made up has one training image: batch norm would see one value a channel"):
+        check_lone_images(graph, norms, replace(dataset, train_labels=dataset.train_labels[:1]), {})
+    frozen = Config(freeze_depth=2, full_depth=3, head_scale=1.0)
+    check = partial(check_lone_images, graph, norms, dataset)
+    if norms == "running":  # a frozen norm takes no statistics
+        check({0: [frozen]})
+    else:
+        with pytest.raises(InputError, match="client 0 has one image"):
+            check({0: [frozen]})
+    with pytest.raises(InputError, match="client 0 has one image"):
+        check({0: [Config(freeze_depth=1, full_depth=3, head_scale=1.0)]})
+
+
+def test_one_image_is_enough_where_norms_see_more_than_one_value(full_plan, dataset, tmp_path):
+    few = {"train_images": dataset.train_images[:5], "train_labels": dataset.train_labels[:5]}
+    one = {"test_images": dataset.test_images[:1], "test_labels": dataset.test_labels[:1]}
+    result = run(full_plan, replace(dataset, **few, **one), tmp_path / "run", rounds=1, minimum_samples=1)
+    assert result.status == "finished"
+    assert result.accuracy_batch_statistics in (0.0, 1.0)
 
 
 def test_clients_are_dealt_to_tiers_by_share(scheduled_plan, dataset):
