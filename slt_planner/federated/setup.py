@@ -16,7 +16,7 @@ from slt_planner.data.datasets import Dataset, load_dataset
 from slt_planner.data.partition import Partition, partition
 from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.federated.accounting import ClientCosts, client_costs
-from slt_planner.federated.network_and_data import check_lone_images
+from slt_planner.federated.network_and_data import check_labels, check_lone_images
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.strategies.base import ClientStep, ServerState, Strategy, init
 from slt_planner.federated.strategies.registry import make_strategy
@@ -139,11 +139,13 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
         network: the network to start from and its graph, as `load_network` gives them.
 
     Raises:
-        InputError: settings that contradict each other, the plan or the data, or a network that cannot be trained so.
+        InputError: settings that contradict each other, the plan or the data, or a network that cannot be trained so
+            or on these data.
         InfeasibleError: nothing that the strategy trains fits, or a step needs more than its tier's budget here.
     """
     model, graph = network
     _check_settings(plan, settings)
+    check_labels(graph, dataset)
     if settings.prefix_cache is not None:
         _check_prefix_cache(plan, settings, dataset, graph)
     with threads(plan.step):

@@ -21,12 +21,13 @@ from slt_planner.errors import BudgetExceeded, InfeasibleError, InputError
 from slt_planner.federated.client import LocalTraining, client_seed, learning_rate, train_client
 from slt_planner.federated.evaluate import evaluate, recalibrate, split_without_tail
 from slt_planner.federated.experiment import run_experiment, train
-from slt_planner.federated.network_and_data import check_lone_images
+from slt_planner.federated.network_and_data import check_labels, check_lone_images
 from slt_planner.federated.result import TIMING_FIELDS, RunSettings
 from slt_planner.federated.run_folder import load_run
 from slt_planner.federated.setup import deal_clients, default_settings, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
+from slt_planner.graph.adapter import Adapter
 from slt_planner.graph.trace import trace
 from slt_planner.memory import recording
 from slt_planner.memory.calibrate import calibrate
@@ -207,6 +208,38 @@ def test_settings_that_do_not_go_together_are_refused(full_plan, scheduled_plan,
         load_network(full_plan, 0, torch.nn.Sequential(*list(network())[:2], *list(network())[3:]))
     with pytest.raises(InputError, match="the plan names no model"):
         load_network(full_plan, 0)
+
+
+class _OfPixels(Adapter):
+    """Its loss takes pixels that do not count, and scores of a coarser grid."""
+
+    metric = "mean_iou"
+
+    def loss(self, outputs, labels):
+        return F.cross_entropy(F.interpolate(outputs, labels.shape[-2:]), labels, ignore_index=255)
+
+    def example_labels(self, batch_size, num_classes, input_shape):
+        return torch.randint(num_classes, (batch_size, *input_shape[-2:]))
+
+
+def test_labels_of_another_kind_than_the_networks_scores_are_refused(full_plan, dataset, tmp_path):
+    masks = torch.zeros(len(dataset.train_labels), 16, 16, dtype=torch.uint8)
+    of_pixels = replace(dataset, train_labels=masks, test_labels=masks[: len(dataset.test_labels)])
+    words = r"made up: of 2 images the labels are \(2, 16, 16\), and the network's scores \(2, 3\); classes of images"
+    with pytest.raises(InputError, match=words):
+        run(full_plan, of_pixels, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    check_labels(GRAPH, dataset)
+
+    per_pixel = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    for adapter in (Adapter(), _OfPixels()):
+        graph = trace(per_pixel, (3, 16, 16), adapter)
+        check_labels(graph, of_pixels)
+        with pytest.raises(InputError, match=r"labels are \(2,\), and the network's scores \(2, 3, 16, 16\)"):
+            check_labels(graph, dataset)
+    coarse = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    with pytest.raises(InputError, match=r"labels are \(2, 16, 16\), and the network's scores \(2, 3, 8, 8\)"):
+        check_labels(trace(coarse, (3, 16, 16), _OfPixels()), of_pixels)
 
 
 class LoneValues(nn.Module):
