@@ -1,6 +1,8 @@
 """Clients that train alike, all at once: their weights are stacked, and each step is one of all of them."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -28,6 +30,21 @@ def can_be_stacked(model: SubModel, training: LocalTraining) -> bool:
     return plain and usual_loss and model.is_batchable()
 
 
+@contextmanager
+def _attention_one_by_one() -> Iterator[None]:
+    """Without torch's word that fused attention on a CPU has no batching rule, so that it is run client by client.
+
+    It is as well so: its parts have rules, but keep all scores and, with many positions, take longer.
+    """
+    with warnings.catch_warnings():
+        attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+        warnings.filterwarnings(
+            "ignore", f"There is a performance drop .* the batching rule for {attention}", UserWarning
+        )
+        yield
+
+
+@_attention_one_by_one()
 def train_stacked(
     model: SubModel, dataset: Dataset, clients: Sequence[np.ndarray], training: LocalTraining, seeds: Sequence[int]
 ) -> list[tuple[dict[str, Tensor], float]]:

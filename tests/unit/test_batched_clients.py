@@ -7,6 +7,7 @@ In a deep network rounding grows faster from step to step, so resnet20 is compar
 rounding of 53 bits, and a mistake would not be.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -105,6 +106,34 @@ def test_a_deep_network_trains_alike_in_float64(monkeypatch, norms, config):
         assert train_client(alone, data, indices, training, seed) == pytest.approx(loss, rel=1e-6)  # summed in float32
         for name, value in alone.trained_state().items():
             assert torch.allclose(own[name].double(), value.double(), rtol=0, atol=1e-11), name
+
+
+class _Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.norm(self.patches(x).flatten(2).transpose(1, 2))
+        return self.classifier((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+def test_attention_trains_as_it_does_alone_and_without_a_word(recwarn):
+    torch.manual_seed(0)
+    model = _Attentive()
+    sub = extract(trace(model, (3, 16, 16)), model, Config.full_network())
+    training = LocalTraining(StepSpec(batch_size=8).settings, 8, 1, 0.1)
+    assert can_be_stacked(sub, training)
+    clients, seeds = [np.arange(16), np.arange(16, 32)], [1, 2]
+    stacked = train_stacked(sub, dataset(), clients, training, seeds)
+    assert not [warning.message for warning in recwarn]
+    for (own, loss), indices, seed in zip(stacked, clients, seeds, strict=True):
+        alone = deepcopy(sub)
+        assert train_client(alone, dataset(), indices, training, seed) == pytest.approx(loss, rel=1e-5)
+        for name, value in alone.trained_state().items():
+            torch.testing.assert_close(own[name], value, rtol=0, atol=1e-6)
 
 
 def test_levers_that_only_save_memory_are_left_out_and_change_nothing(monkeypatch):
