@@ -85,7 +85,7 @@ def assign_units(
 
 def output_nodes(program: fx.Graph) -> set[fx.Node]:
     """The nodes whose results the network gives."""
-    return set(next(node for node in reversed(program.nodes) if node.op == "output").all_input_nodes)
+    return set(program.output_node().all_input_nodes)
 
 
 def weights_name(node: fx.Node) -> str:

@@ -230,7 +230,7 @@ def _program(skeleton: nn.Module, input_shape: tuple[int, ...], adapter: Adapter
         return adapter.inputs(torch.empty(batch, *input_shape, device="meta"))
 
     graph, structure = record(skeleton, inputs, is_leaf, adapter.part)
-    leaves: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    leaves: Any = graph.output_node().args[0]
     scores = adapter.scores(pytree.tree_unflatten(list(leaves), structure))
     main = next((i for i, leaf in enumerate(leaves) if leaf is scores and isinstance(leaf, fx.Node)), None)
     if main is None and not adapter.part:
@@ -242,7 +242,7 @@ def _program(skeleton: nn.Module, input_shape: tuple[int, ...], adapter: Adapter
 
 
 def _main_nodes(program: Program) -> set[fx.Node]:
-    leaves: Any = next(node for node in reversed(program.graph.nodes) if node.op == "output").args[0]
+    leaves: Any = program.graph.output_node().args[0]
     return {leaf for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and program.main in (None, i)}
 
 

@@ -101,7 +101,7 @@ class _Rewriting:
 
     def _with_sure_gradients(self, main: int | None) -> set[fx.Node]:
         """The nodes to which a gradient of the main output comes, whatever the loss is made of besides."""
-        output = next(reversed(self._graph.nodes))
+        output = self._graph.output_node()
         leaves: Any = output.args[0]
         if main is None:
             return set()
