@@ -266,12 +266,23 @@ def _takes_class_numbers(adapter: Adapter) -> bool:
     return (type(adapter).loss, type(adapter).example_labels) == (Adapter.loss, Adapter.example_labels)
 
 
+def _settings(module: nn.Module) -> str:
+    """What a module was made with, and its tensors; its own repr differs from one version of torch to the next."""
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
+    return str(sorted((plain | shapes).items()))
+
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
 def _structure_hash(program: fx.Graph, modules: Mapping[str, nn.Module], input_shape: tuple[int, ...]) -> str:
     lines = [str(tuple(input_shape))]
     for node in program.nodes:
         if node.op == "call_module":
             module = modules[str(node.target)]
-            what = f"{node.target} {type(module).__name__}({module.extra_repr()})"
+            what = f"{node.target} {type(module).__name__}({_settings(module)})"
         else:
             what = getattr(node.target, "__name__", str(node.target))
         lines.append(f"{node.name} {node.op} {what} {node.args} {node.kwargs} {node.meta['unit']}")

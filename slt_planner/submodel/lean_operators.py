@@ -205,7 +205,7 @@ class _Sum(Function):
         y = a.add_(b) if over else a + b
         if activation is not None:
             ACTIVATIONS[activation].in_place(y)
-            ctx.save_for_backward(y)
+            ctx.save_for_backward(y.detach())  # in old versions of torch hooks would make an output hold itself
         return y
 
     @staticmethod
