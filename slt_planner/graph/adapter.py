@@ -61,12 +61,14 @@ class Adapter:
         """The loss of a batch; override it only where the network computes its loss itself.
 
         Raises:
-            InputError: `loss` does not get along with the outputs.
+            InputError: `loss` does not bear that an output was dropped.
         """
         outputs = model(*self.inputs(images))
         try:
             return self.loss(outputs, labels)
         except (AttributeError, TypeError) as error:
+            if all(leaf is not None for leaf in pytree.tree_leaves(outputs)):
+                raise
             raise InputError(
                 f"{type(self).__name__}.loss: {error}; an output that is not in a sub-model is None"
             ) from error

@@ -50,8 +50,9 @@ def record(
 ) -> tuple[fx.Graph, pytree.TreeSpec]:
     """The calls of a network's forward pass in its present mode, and how its outputs are nested.
 
-    Nodes that give tensors carry ``meta["dims"]``: a tuple of `Dimension` (a tuple of such tuples where a call gives
-    several tensors). Sizes that were computed from the batch size are computed from it again.
+    Nodes that give tensors carry ``meta["dims"]``: a tuple of `Dimension` (a tuple of such tuples where a call
+    gives several tensors), and ``meta["in_place"]``: what a call gives is what it was given. Sizes that were
+    computed from the batch size are computed from it again.
 
     Args:
         skeleton: the network on the meta device.
@@ -185,6 +186,7 @@ class _Recorder(TorchFunctionMode):
     def _write(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> None:
         node = self.graph.create_node(op, target, self._arguments(args), self._arguments(kwargs))
         node.meta["place"] = self.place
+        node.meta["in_place"] = any(result is value for value in args)  # or it does nothing
         self._know(result, node)
 
     def _know(self, result: Any, node: fx.Node) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from slt_planner.graph.region import Dimension
-from slt_planner.graph.trace import ModelGraph
+from slt_planner.graph.trace import ModelGraph, settings_of
 from slt_planner.graph.widths import Cut
 
 _FEWEST_CALLS = 4
@@ -143,8 +143,8 @@ def _kind(graph: ModelGraph, node: fx.Node) -> Hashable:
 
 
 def _settings(module: nn.Module) -> Hashable:
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    return tuple([(name, value if isinstance(value, Hashable) else repr(value)) for name, value in own.items()])
+    own = settings_of(module).items()
+    return tuple([(name, value if isinstance(value, Hashable) else repr(value)) for name, value in own])
 
 
 def _cut_key(cut: Cut | None, place: Mapping[fx.Node, int]) -> Hashable:

@@ -189,6 +189,7 @@ def trace(
     units = annotate(programs[True].graph, modules, _main_nodes(programs[True]), granularity=granularity)
     if not units:
         raise InputError("the network has no layer to freeze before its classifier")
+    _check_scores(programs[True], adapter)
     annotate(programs[False].graph, modules, _main_nodes(programs[False]), programs[True].graph)
     for program in programs.values():  # rules may refuse an operator at some widths: better now than at the first plan
         for full_depth in (0, len(units) // 2):
@@ -199,7 +200,7 @@ def trace(
         programs=MappingProxyType(programs),
         units=units,
         input_shape=tuple(input_shape),
-        num_classes=adapter.num_classes(model) or _num_classes(programs[True], adapter),
+        num_classes=adapter.num_classes(model) or _num_classes(programs[True]),
         hash=_structure_hash(programs[True].graph, modules, input_shape),
         adapter=adapter,
         constants=_constants(model),
@@ -246,35 +247,55 @@ def _main_nodes(program: Program) -> set[fx.Node]:
     return {leaf for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and program.main in (None, i)}
 
 
-def _num_classes(program: Program, adapter: Adapter) -> int:
+def _num_classes(program: Program) -> int:
     """The size of dimension 1 of the main output."""
     (main, *_) = _main_nodes(program)
     dims: tuple[Dimension, ...] = main.meta["dims"]
     if len(dims) < 2 or not dims[0].batched:
         raise InputError(f"the network's output has {len(dims)} dimensions; it must be (N, classes, ...)")
-    if len(dims) > 2 and _takes_class_numbers(adapter):
-        more = ", ".join(str(dim.size) for dim in dims[1:])
-        raise InputError(
-            f"the network gives (N, {more}), not logits (N, classes); say what its labels are and what it minimises "
-            "with an adapter (README, Your own network)"
-        )
     return dims[1].size
 
 
-def _takes_class_numbers(adapter: Adapter) -> bool:
-    """Whether nobody says anything but that a sample has one class."""
-    return (type(adapter).loss, type(adapter).example_labels) == (Adapter.loss, Adapter.example_labels)
+def _check_scores(program: Program, adapter: Adapter) -> None:
+    """Where an adapter says nothing of labels and loss a sample has one class, and scores are logits.
+
+    Raises:
+        InputError: they are of positions.
+    """
+    silent = all(
+        getattr(getattr(adapter, name), "__func__", None) is getattr(Adapter, name)
+        for name in ("loss", "step_loss", "example_labels")
+    )
+    for main in _main_nodes(program) if silent else ():
+        if len(main.meta["dims"]) > 2:
+            more = ", ".join(str(dim.size) for dim in main.meta["dims"][1:])
+            raise InputError(
+                f"the network gives (N, {more}), not logits (N, classes); say what its labels are and what it "
+                "minimises with an adapter (README, Your own network)"
+            )
 
 
-def _settings(module: nn.Module) -> str:
-    """What a module was made with, and its tensors; its own repr differs from one version of torch to the next."""
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What a module was made with and what else is set on it, by name; lists as tuples."""
+    return {name: _in_tuples(value) for name, value in vars(module).items() if not name.startswith("_")}
+
+
+def _in_tuples(value: Any) -> Any:
+    return tuple(map(_in_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+_PLAIN = (bool, int, float, str, torch.dtype, type(None))
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
+
+
+def _described(module: nn.Module) -> str:
+    """A module's settings and tensors; its own repr differs from one version of torch to the next."""
+    plain = {name: value for name, value in settings_of(module).items() if _is_plain(value)}
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
-    return str(sorted((plain | shapes).items()))
-
-
-_PLAIN = (bool, int, float, str, tuple, type(None))
+    return str(sorted((plain | {name: tuple(tensor.shape) for name, tensor in tensors}).items()))
 
 
 def _structure_hash(program: fx.Graph, modules: Mapping[str, nn.Module], input_shape: tuple[int, ...]) -> str:
@@ -282,7 +303,7 @@ def _structure_hash(program: fx.Graph, modules: Mapping[str, nn.Module], input_s
     for node in program.nodes:
         if node.op == "call_module":
             module = modules[str(node.target)]
-            what = f"{node.target} {type(module).__name__}({_settings(module)})"
+            what = f"{node.target} {type(module).__name__}({_described(module)})"
         else:
             what = getattr(node.target, "__name__", str(node.target))
         lines.append(f"{node.name} {node.op} {what} {node.args} {node.kwargs} {node.meta['unit']}")

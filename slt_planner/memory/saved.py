@@ -8,7 +8,8 @@ from torch import Tensor
 
 from slt_planner.errors import InputError
 
-_CHANGED = "modified by an inplace operation"  # torch's word
+_CHANGED = "modified by an inplace operation"
+_REFUSED = (_CHANGED, "is being modified inplace", "is being used in an in-place operation")  # torch's words
 
 
 def saving_seen(see: Callable[[Tensor], None]) -> torch.autograd.graph.saved_tensors_hooks:
@@ -26,7 +27,8 @@ def saving_seen(see: Callable[[Tensor], None]) -> torch.autograd.graph.saved_ten
     def give(saved: tuple[Tensor, int]) -> Tensor:
         tensor, version = saved
         if tensor._version != version:
-            raise RuntimeError(f"a tensor that is needed for gradient computation has been {_CHANGED}")
+            shape = "x".join(map(str, tensor.shape))
+            raise RuntimeError(f"a tensor of {shape} that is needed for gradient computation has been {_CHANGED}")
         return tensor
 
     return torch.autograd.graph.saved_tensors_hooks(save, give)
@@ -34,7 +36,7 @@ def saving_seen(see: Callable[[Tensor], None]) -> torch.autograd.graph.saved_ten
 
 @contextmanager
 def changes_in_place_refused() -> Iterator[None]:
-    """Autograd's refusal of what was changed since it was saved, in our words.
+    """Autograd's refusals of what is changed in place, in our words.
 
     Raises:
         InputError: that is what happened.
@@ -42,9 +44,9 @@ def changes_in_place_refused() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if _CHANGED not in str(error):
+        if not any(words in str(error) for words in _REFUSED):
             raise
         raise InputError(
-            "the network changes a tensor in place that its backward pass needs as it was, so PyTorch cannot train it; "
-            "use operations that are not in place there"
+            f"autograd refuses a change in place: {str(error).splitlines()[0].partition('. ')[0]}; use operations that "
+            "are not in place there"
         ) from error

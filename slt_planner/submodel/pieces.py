@@ -78,12 +78,14 @@ def _places(nodes: Sequence[fx.Node], first: int, module: nn.Module) -> Iterator
     """Before each layer with weights but the first of those trained: the last place that one tensor alone passes.
 
     Not between a wide tensor and its copied cut: its gradient, as wide, would be there while what comes before runs
-    again; nor between a call that gives several tensors and those.
+    again; nor between a call that gives several tensors and those; nor before a call in place: what a piece is given is
+    kept to run it again.
     """
     alive = _tensors_alive(nodes)
     place, weights = None, False
     for i in range(first, len(nodes)):
-        if i > first and alive[i] == 1 and nodes[i].target not in (operator.getitem, lean.with_cut):
+        tied = nodes[i].target in (operator.getitem, lean.with_cut) or nodes[i].meta.get("in_place", False)
+        if i > first and alive[i] == 1 and not tied:
             place = i
         if _bears_weights(nodes[i], module):
             if weights and place is not None:

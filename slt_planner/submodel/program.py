@@ -61,7 +61,8 @@ def _copy_nodes(
         if node.op == "output":
             inputs |= dict.fromkeys(silent)
         copy_of[node] = _copied(copied, node, cut, lambda n: inputs.get(n, copy_of[n]))  # noqa: B023
-        copy_of[node].meta |= {"unit": node.meta["unit"], "rows": _gives_rows(node)}
+        known = {"unit": node.meta["unit"], "in_place": node.meta.get("in_place", False), "rows": _gives_rows(node)}
+        copy_of[node].meta |= known
 
 
 def _copied(copied: fx.Graph, node: fx.Node, cut: Cut, own: Callable[[fx.Node], Any]) -> fx.Node:

@@ -760,3 +760,30 @@ def test_a_loss_that_wants_a_dropped_output_is_told_so():
     frozen = Config(freeze_depth=1, full_depth=2, head_scale=0.5)
     with pytest.raises(InputError, match=r"BothLosses.loss: .* NoneType; an output that is not in a sub-model is None"):
         measure(extract(graph, None, frozen), StepSpec(batch_size=4, threads=1))
+
+
+class Misspelt(BothLosses):
+    def loss(self, outputs, labels):
+        return F.cross_entropi(outputs["logits"], labels)
+
+
+def test_another_mistake_in_a_loss_keeps_its_own_error():
+    graph = trace(AuxiliaryHead(), (3, 6, 6), Misspelt())
+    with pytest.raises(AttributeError, match="cross_entropi"):
+        measure(extract(graph, None, Config.full_network()), StepSpec(batch_size=4, threads=1))
+
+
+class OwnStep(Adapter):
+    def num_classes(self, model):
+        return 5
+
+    def step_loss(self, model, images, labels):
+        return F.cross_entropy(model(images).mean((2, 3)), labels)
+
+
+def test_an_adapter_that_takes_the_step_may_have_any_scores():
+    network = nn.Sequential(conv(3, 8), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    assert trace(network, (3, 6, 6), OwnStep()).num_classes == 5
+    silent = type("Silent", (Adapter,), {"num_classes": lambda self, model: 5})
+    with pytest.raises(InputError, match="not logits"):
+        trace(network, (3, 6, 6), silent())

@@ -190,6 +190,18 @@ def in_place_function_on_a_sum(net, x):
     return y + net.conv2(y)
 
 
+def scaled_in_place_and_used_twice(net, x):
+    y = net.conv1(x)
+    y *= 0.5
+    return net.conv2(y) + y
+
+
+def activated_in_place_and_used_twice(net, x):
+    y = F.leaky_relu_(net.norm1(net.conv1(x)))
+    z = torch.sigmoid_(net.norm2(net.conv2(y)))
+    return F.elu(net.conv3(z), inplace=True) + z + y
+
+
 def pooled(net, x):
     y = F.max_pool2d(F.relu(net.norm1(net.conv1(x))), 2)
     return F.avg_pool2d(net.norm2(net.conv2(y)), 2)
@@ -272,7 +284,7 @@ WIRINGS = [
     *(in_place_function_before_a_sum, in_place_function_on_a_sum, pooled, mean_at_once, functional_norms),
     *(a_branch_without_gradient, zeros_like_an_operand, an_operand_given_as_a_feature, an_auxiliary_head_without_loss),
     *(a_norm_that_nobody_uses, a_sum_that_nobody_uses, cuts_of_its_own, cuts_of_its_own_by_name),
-    *(positions_of_its_own, chained),
+    *(positions_of_its_own, chained, scaled_in_place_and_used_twice, activated_in_place_and_used_twice),
 ]
 
 
@@ -329,7 +341,7 @@ def assert_each_lever_changes_nothing(model, graph, numbers, norms, change=lambd
     losses = take_steps(plain, graph, spec)
     idle = {"early_updates"} | ({"in_place_prefix"} if numbers[0] == 0 else set())  # they rewrite nothing here
     idle |= {"copied_cuts"} if numbers[2] == 1.0 else set()
-    for levers in (own for own in (*EACH, LEVERS) if not idle.issuperset(own)):
+    for levers in (own for own in (*EACH, ("copied_cuts", "recompute"), LEVERS) if not idle.issuperset(own)):
         try:
             lean_spec = spec.model_copy(update={"levers": levers})
             sub = in_double(graph, model, config_of(*numbers), lean_spec, change)

@@ -11,6 +11,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -140,6 +141,28 @@ SUBJECTS = [
     ("dropping vit", FULL, 4),
     ("dropping vit", (2, 3, 0.5), 4),
 ]
+
+
+class ScaledInPlace(nn.Module):
+    """What a layer gives is scaled in place, and used by the next one and by the sum after that."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8))
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.a(x)
+        x *= 0.5
+        return self.fc(F.relu(self.c(self.b(x) + x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("levers", [("copied_cuts", "recompute"), LEVERS, PARTLY], ids=told)
+def test_no_piece_begins_by_writing_over_what_is_kept_to_run_it_again(levers):
+    assert_steps_are_the_plain_ones("resnet18", (0, 8, 0.501953125), "static", levers, 4)
+    model = ScaledInPlace()
+    graph = slt.trace(model, (3, 32, 32))
+    assert_levers_change_nothing(graph, model, config_of(0, 1, 0.5), StepSpec(batch_size=4), levers)
 
 
 # Each lever alone where all of them have something to do; elsewhere those that depend most on the rest.

@@ -59,6 +59,11 @@ def test_the_structure_hash_depends_on_settings_and_not_on_how_torch_words_them(
         network(torch.zeros(2, 3, 8, 8))
         return trace(network, (3, 8, 8)).hash
 
+    def hash_resized_to(size):
+        layers = nn.Conv2d(3, 4, 3), nn.Upsample(size), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return trace(nn.Sequential(*layers, nn.Linear(4, 5)), (3, 8, 8)).hash
+
+    assert hash_resized_to([8, 8]) == hash_resized_to((8, 8)) != hash_resized_to([9, 9])
     here = hash_with()
     assert len({here, hash_with(stride=2), hash_with(eps=1e-3)}) == 3
     monkeypatch.setattr(nn.BatchNorm2d, "extra_repr", lambda self: "in other words")
