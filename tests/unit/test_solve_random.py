@@ -6,7 +6,7 @@ The peaks are real: exact predictions of the network's training steps, each aske
 from itertools import pairwise
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -95,8 +95,10 @@ class Brute:
                 break
         stages = [(self.graph.depth, 1.0)]
         for full in reversed(range(len(largest) - 1)):
-            cap = stages[0][1]  # legal or not: it is between two notches then, and as wide as the lower
-            allowed = [*[s for s in self.graph.head_scales(full) if s < cap], cap]
+            cap = stages[0][1]
+            allowed = [s for s in self.graph.head_scales(full) if s < cap]
+            if largest[full] >= cap:  # a notch or between two, and then as wide as the lower
+                allowed.append(cap)
             fitting = [s for s in allowed if self.fits(max(0, full - 1), full, s, budget)]
             if not fitting:
                 return None
@@ -124,7 +126,11 @@ class Brute:
         return plans
 
 
+BETWEEN_NOTCHES = (Residual(2, 3, True), convolution(3, 2, 3, False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 @given(networks(), st.sampled_from(["sgd", "adam"]), st.sampled_from(["coupled", "per-tier"]))
+@example(nn.Sequential(*BETWEEN_NOTCHES, nn.Linear(2, 3)), "adam", "coupled")  # a later stage's head is no notch here
 @settings(max_examples=30, deadline=None)
 def test_the_plan_is_the_one_that_brute_force_finds(network, optimizer, policy):
     """With 8 pairs of budgets a network, from below the least need to above the most."""
