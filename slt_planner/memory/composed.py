@@ -165,9 +165,8 @@ class _Assembly:
             category=np.concatenate([own.followed.category for own in lives]),
             is_number=np.concatenate([own.followed.is_number for own in lives]),
         )
-        first = np.cumsum(
-            [len(part.lives.followed.size) for part in parts]
-        )  # of the part behind, so of the chain's own number
+        # Of the part behind, so of the chain's own number.
+        first = np.cumsum([len(part.lives.followed.size) for part in parts])
         self._join(storages, begun[1 : len(self._chain) + 1], first)
         return SimulatedStep(self._calls, storages, self._costs())
 

@@ -23,6 +23,7 @@ from slt_planner.submodel.pieces import Piece, in_pieces, is_random, most_recomp
 from slt_planner.submodel.prefix import Split, split_program
 from slt_planner.submodel.program import segment_program, with_cuts, with_norms, with_unit_marks
 from slt_planner.submodel.slices import shape_of
+from slt_planner.submodel.tree import put_module, put_tensor
 
 Forward = Callable[..., tuple[Any, ...]]
 
@@ -57,10 +58,10 @@ class SubModel(nn.Module):
         self.extraction = extraction
         self._around = None if around is None else _Around(self, around)
         for fqn, module in modules.items():
-            _put_module(self, fqn, module)
+            put_module(self, fqn, module)
         stored = extraction.graph.stored
         for fqn, tensor in tensors.items():
-            _put_tensor(self, fqn, tensor, persistent=fqn in stored)
+            put_tensor(self, fqn, tensor, persistent=fqn in stored)
         self._programs = _Programs(programs)
         self._forwards: dict[bool, list[Forward]] = {}
         self._levers: tuple[LeanLever, ...] = ()
@@ -374,28 +375,3 @@ def _checked_state(graph: ModelGraph, model: nn.Module | Mapping[str, Tensor] | 
         if state[name].shape != expected.shape:
             raise InputError(f"{name} has shape {tuple(state[name].shape)}, traced was {tuple(expected.shape)}")
     return state
-
-
-def _put_module(root: nn.Module, fqn: str, module: nn.Module) -> None:
-    """Register a module under its dotted path, with plain modules on the way."""
-    path, _, leaf = fqn.rpartition(".")
-    _parent(root, path).add_module(leaf, module)
-
-
-def _put_tensor(root: nn.Module, fqn: str, tensor: Tensor, persistent: bool) -> None:
-    """Register a parameter or buffer under its dotted path."""
-    path, _, leaf = fqn.rpartition(".")
-    parent = _parent(root, path)
-    if isinstance(tensor, nn.Parameter):
-        parent.register_parameter(leaf, tensor)
-    else:
-        parent.register_buffer(leaf, tensor, persistent=persistent)
-
-
-def _parent(root: nn.Module, path: str) -> nn.Module:
-    parent = root
-    for name in path.split(".") if path else ():
-        if name not in parent._modules:
-            parent.add_module(name, nn.Module())
-        parent = parent.get_submodule(name)
-    return parent
