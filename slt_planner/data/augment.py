@@ -25,9 +25,12 @@ def crop_flip(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, paddin
     image zero-padded by `padding` on all sides (0..2*padding; `padding` itself leaves the image in place);
     `flips`, bool of (N,), says which crops are then flipped left to right. The result is contiguous.
     """
-    count, _, height, width = images.shape
-    tops, lefts, flips = (draws.to(images.device) for draws in (tops, lefts, flips))
+    count, channels, height, width = images.shape
+    tops, lefts, flips = (draws.to(images.device)[:, None] for draws in (tops, lefts, flips))
     padded = F.pad(images, (padding, padding, padding, padding))
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, top, left, H, W): a view, nothing is copied
-    crops = windows[torch.arange(count, device=images.device), :, tops, lefts]
-    return torch.where(flips[:, None, None, None], crops.flip(3), crops).contiguous()
+    across = torch.arange(width, device=images.device)
+    rows = tops + torch.arange(height, device=images.device)
+    columns = lefts + torch.where(flips, across.flip(0), across)
+    places = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # of a crop's pixels in its padded image
+    places = places.view(count, 1, height * width).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, places).view(images.shape)

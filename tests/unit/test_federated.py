@@ -19,10 +19,12 @@ from slt_planner.data.datasets import Dataset, normalise
 from slt_planner.data.partition import partition
 from slt_planner.errors import BudgetExceeded, InfeasibleError, InputError
 from slt_planner.federated.client import LocalTraining, client_seed, learning_rate, train_client
+from slt_planner.federated.engines.local import SentModels, train_assignment
 from slt_planner.federated.evaluate import evaluate, recalibrate, split_without_tail
 from slt_planner.federated.experiment import run_experiment, train
 from slt_planner.federated.network_and_data import check_labels, check_lone_images
 from slt_planner.federated.result import TIMING_FIELDS, RunSettings
+from slt_planner.federated.rounds import draw_cohort
 from slt_planner.federated.run_folder import load_run
 from slt_planner.federated.setup import deal_clients, default_settings, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
@@ -337,6 +339,21 @@ def test_recalibrated_statistics_are_the_mean_over_the_servers_images(dataset):
         outputs = first(normalise(dataset.train_images, dataset))
     torch.testing.assert_close(new["1.running_mean"], outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
     assert all(torch.equal(new[k], weights[k]) for k in weights if "running" not in k)
+
+
+def test_each_client_gets_the_model_as_it_was_sent(scheduled_plan, dataset):
+    prepared_run = prepared(scheduled_plan, dataset)
+    clients = draw_cohort(prepared_run, prepared_run.start)
+    sent = SentModels(prepared_run, prepared_run.start)
+    untouched = copy.deepcopy(sent.to(clients[0]).state_dict())
+    first, _ = train_assignment(prepared_run, prepared_run.start, clients[0], sent)
+    kept = copy.deepcopy(first)
+    train_assignment(prepared_run, prepared_run.start, clients[1], sent)
+    again = sent.to(clients[0])
+    assert all(parameter.grad is None for parameter in again.parameters())
+    assert all(torch.equal(value, untouched[name]) for name, value in again.state_dict().items())
+    assert all(torch.equal(value, kept[name]) for name, value in first.items())
+    assert any(not torch.equal(value, untouched[name]) for name, value in first.items())
 
 
 def test_images_are_cropped_and_flipped_where_that_makes_sense_unless_it_is_off(full_plan, dataset, tmp_path):
