@@ -258,7 +258,12 @@ def _new_runs(
     line = _words(data, sizes, given["local_batch"], plan)
     console.print(line, soft_wrap=True, markup=False, highlight=False)
     networks = {seed: load_network(plan, seed, model) if seed != wanted[0][1] else network for _, seed in wanted}
-    return [prepare(plan, settings_of(name, seed, sizes), data, networks[seed]) for name, seed in wanted]
+    runs = []
+    with console.status("") as status:
+        for number, (name, seed) in enumerate(wanted, start=1):
+            status.update(f"measuring what clients of {name} train ({number} of {len(wanted)} runs)")
+            runs.append(prepare(plan, settings_of(name, seed, sizes), data, networks[seed]))
+    return runs
 
 
 def _begin_all(runs: "Sequence[Run]", out: Path, force: bool) -> "list[tuple[Path, Run]]":

@@ -95,7 +95,7 @@ class SubModel(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """The network's arguments, each (N, ...), to its outputs."""
-        return self.run_traced(*inputs) if self._around is None else self._around.network(*inputs)
+        return self.run_traced(*inputs) if self._around is None else self._around.run(self, inputs)
 
     def run_traced(self, *inputs: Any) -> Any:
         """The part that was traced and cut; usually all of the network."""
@@ -188,23 +188,39 @@ class _Around:
     """A network whose traced part is a sub-model's: its other modules are the sub-model's own."""
 
     def __init__(self, sub: SubModel, network: nn.Module) -> None:
-        self.network = network
+        self.network, self._part = network, _TracedPart()
         part = sub.extraction.graph.adapter.part
         for name, child in network.named_children():
             if name != part:
                 sub.add_module(name, child)
-        setattr(network, part, _TracedPart(sub))
+        setattr(network, part, self._part)
+
+    def run(self, sub: SubModel, inputs: tuple[Any, ...]) -> Any:
+        """The network's forward pass, with the sub-model's as that of its part."""
+        with self._part.being(sub):
+            return self.network(*inputs)
 
 
 class _TracedPart(nn.Module):
-    """Stands where the traced part was; not the parent of what it calls."""
+    """Stands where the traced part was. It knows the sub-model during a pass only: in a reference cycle the weights of
+    every sub-model would wait for the garbage collector."""
 
-    def __init__(self, sub: SubModel) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self._sub: tuple[SubModel, ...] = ()  # as a tuple no child: the sub-model is not a part of its part
+
+    @contextmanager
+    def being(self, sub: SubModel) -> Iterator[None]:
+        """While this lasts, a forward pass is that of the sub-model."""
         self._sub = (sub,)
+        try:
+            yield
+        finally:
+            self._sub = ()
 
     def forward(self, *inputs: Any) -> Any:
-        return self._sub[0].run_traced(*inputs)
+        (sub,) = self._sub
+        return sub.run_traced(*inputs)
 
 
 class _Programs:

@@ -1,6 +1,9 @@
 """Networks of all kinds through the commands: the user's own, segmentation, detection, timm's."""
 
+import copy
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +164,22 @@ def test_a_detectors_sub_model_is_the_detector_with_a_narrow_backbone():
     assert len(peaks) == 1  # values are made up, but always the same
     merged = slt.merge(graph, model.state_dict(), [(config, narrow.trained_state(), 2)])
     assert merged.keys() == model.state_dict().keys()
+
+
+def test_a_detectors_sub_model_goes_when_nobody_uses_it():
+    model = load_model("ssdlite320_mobilenet_v3_large", 5, (3, 64, 64))
+    graph = trace(model, (3, 64, 64))
+    sub = extract(graph, None, slt.Config(freeze_depth=3, full_depth=4, head_scale=0.25))
+    images, targets = list(torch.rand(2, 3, 64, 64)), graph.adapter.example_labels(2, 5, (3, 64, 64))
+    gc.disable()  # in a reference cycle it would wait for the garbage collector, and a plan needs hundreds
+    try:
+        used = copy.deepcopy(sub)
+        sum(used(images, targets).values()).backward()
+        gone = [weakref.ref(sub), weakref.ref(used)]
+        del sub, used
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_timm_networks_by_name():
