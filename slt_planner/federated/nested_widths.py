@@ -1,13 +1,18 @@
 """Ordered dropout within a client (FjORD, arXiv 2102.13451): one set of weights, trained at several nested widths."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from slt_planner.config import StepSettings
+from slt_planner.config import Config, StepSettings, StepSpec
 from slt_planner.errors import UnsupportedLayerError
-from slt_planner.memory.step import as_trained, make_optimizer
+from slt_planner.graph.trace import ModelGraph
+from slt_planner.memory.calibrate import calibrate_as_run
+from slt_planner.memory.measure import peak_of
+from slt_planner.memory.step import SteadyStep, as_trained, make_optimizer
 from slt_planner.submodel.extract import SubModel, extract, tensor_indices
 
 
@@ -72,6 +77,40 @@ def nested_widths(
             }
         trained.append(TrainedWidth(narrow, optimizer))
     return tuple(trained)
+
+
+def nested_peak(graph: ModelGraph, config: Config, widths: tuple[float, ...], spec: StepSpec) -> int:
+    """The most that a client needs who trains these widths, each measured as it runs: beside all of the widest.
+
+    A narrower one can need more than the widest: kernels want weights that are views in one piece, and copy them.
+
+    Raises:
+        UnsupportedLayerError: as `check_nested`.
+    """
+    return max(peak_of(step, spec) for step in _nested_steps(graph, config, widths, spec))
+
+
+def calibrate_nested(graph: ModelGraph, config: Config, widths: tuple[float, ...], spec: StepSpec) -> None:
+    """Learn the scratch memory of the operators of these widths, as `calibrate`."""
+    for step in _nested_steps(graph, config, widths, spec):
+        calibrate_as_run(step(), spec)
+
+
+def _nested_steps(
+    graph: ModelGraph, config: Config, widths: tuple[float, ...], spec: StepSpec
+) -> list[Callable[[], SteadyStep]]:
+    """What makes the step of each width."""
+
+    def step(width: float) -> SteadyStep:
+        widest = as_trained(extract(graph, None, config, spec.norms).to(spec.device), spec)
+        (own,) = (own for own in nested_widths(widest, widths, spec, 0.0) if _scale(own.model) == width)
+        return SteadyStep(own.model, spec, graph.input_shape, graph.num_classes, graph.adapter, own.optimizer)
+
+    return [partial(step, width) for width in widths]
+
+
+def _scale(model: SubModel) -> float:
+    return model.extraction.config.head_scale
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:

@@ -16,6 +16,7 @@ from slt_planner.data.datasets import Dataset, load_dataset
 from slt_planner.data.partition import Partition, partition
 from slt_planner.errors import InfeasibleError, InputError
 from slt_planner.federated.accounting import ClientCosts, client_costs
+from slt_planner.federated.nested_widths import calibrate_nested, nested_peak
 from slt_planner.federated.network_and_data import check_labels, check_lone_images
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.strategies.base import ClientStep, ServerState, Strategy, init
@@ -234,6 +235,12 @@ def step_with(plan: Plan, settings: RunSettings, levers: LeverSet) -> StepSpec:
     return clients_plan(plan, settings).spec.with_levers(levers).settings.with_batch(settings.local_batch)
 
 
+def _peak(graph: ModelGraph, step: ClientStep, spec: StepSpec) -> int:
+    if step.widths:
+        return nested_peak(graph, step.config, step.widths, spec)
+    return measure(extract(graph, None, step.config, spec.norms), spec, details=False).peak_bytes
+
+
 def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy: Strategy) -> dict[ClientStep, int]:
     """The measured step of everything that is trained, at the local batch; one over its tier's budget is an error.
 
@@ -244,9 +251,11 @@ def _client_peaks(plan: Plan, settings: RunSettings, graph: ModelGraph, strategy
         for step in strategy.tier_steps(tier.name):
             spec = step_with(plan, settings, step.levers)
             if step not in peaks:
-                peaks[step] = measure(extract(graph, None, step.config, spec.norms), spec, details=False).peak_bytes
+                peaks[step] = _peak(graph, step, spec)
             if settings.enforce:
                 calibrate(graph, [step.config], spec)
+                if step.widths:
+                    calibrate_nested(graph, step.config, step.widths, spec)
             if strategy.keeps_budgets and peaks[step] > tier.budget_bytes:
                 raise InfeasibleError(
                     f"tier {tier.name}: a step of {step.config} at batch {spec.batch_size} needs "

@@ -2,17 +2,21 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slt_planner.config import Config, StepSpec
+from slt_planner.errors import UnsupportedLayerError
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.memory import cuda, known, recording
-from slt_planner.memory.operators import Operator, forget
+from slt_planner.memory.operators import NO_OPERATORS, Operator, forget, operator_of
 from slt_planner.memory.recording import Event, Mark
 from slt_planner.memory.simulate import simulate
-from slt_planner.memory.step import threads
+from slt_planner.memory.step import SteadyStep, threads
 
 _AT_ONCE = 64
 
@@ -77,6 +81,36 @@ def calibrate(
                 progress(learned, total)
             if as_foreseen:  # else what comes after those operators may be others
                 return Calibration(len(operators), learned, largest, time.perf_counter() - began)
+
+
+def calibrate_as_run(step: SteadyStep, spec: StepSpec) -> None:
+    """As `calibrate`, for a step that no simulation shows, such as one of views: it is run to see its operators."""
+    with threads(spec) as number:
+        step.prepare()
+        batch, labels = step.example_batch()
+        with _Seen() as seen:
+            step.train(batch, labels)
+        growths = known.growths(spec.device, number)
+        new = [operator for signature, operator in seen.operators.items() if signature not in growths]
+        for _ in learn(new, spec.device, number):
+            pass
+
+
+class _Seen(TorchDispatchMode):
+    """Collects the operators that run, by signature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: dict[str, Operator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in NO_OPERATORS:
+            with suppress(UnsupportedLayerError):  # what can only be measured is not learned
+                operator = operator_of(func, args, kwargs)
+                if not operator.gives_views_only:
+                    self.operators[operator.signature] = operator
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)

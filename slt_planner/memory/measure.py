@@ -1,7 +1,7 @@
 """Measuring a real training step, on the allocator ruler and on the tensor ruler."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,14 +70,7 @@ def measure(
         torch.manual_seed(0)  # made-up data is the same every time: a detector's shapes depend on it
         own = as_trained(copy.deepcopy(module).to(spec.device), spec)
         step = _RecordedStep(SteadyStep(own, spec, input_shape, num_classes, adapter or Adapter()), details)
-        if before is not None:  # blocks are larger than what is asked for
-            step.unaccounted = cuda.live_now().allocated - before.allocated - sum(step.resident.values())
-        events = recording.record(step.run, spec.device)
-    history = _History(step, events)
-    peak = find_peak(history.resident, history.changes)
-    on_cuda = None if before is None or step.peaks is None else step.peaks.above(before)
-    if on_cuda is not None:
-        peak = _as_allocator_says(peak, on_cuda.allocated)
+        history, peak, on_cuda = _recorded(step, before)
     return MemoryProfile(
         config=module.extraction.config if isinstance(module, SubModel) else None,
         spec=spec.model_copy(update={"threads": number}),
@@ -95,6 +88,27 @@ def measure(
         requested_bytes=None if on_cuda is None else on_cuda.requested,
         reserved_bytes=None if on_cuda is None else on_cuda.reserved,
     )
+
+
+def peak_of(make: Callable[[], SteadyStep], spec: StepSpec) -> int:
+    """The peak of a step that is made here, such as one of views; as `measure`, on the allocator ruler."""
+    before = cuda.live_now() if spec.device == "cuda" else None
+    with threads(spec), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, peak, _ = _recorded(_RecordedStep(make(), details=False), before)
+    return peak.size
+
+
+def _recorded(
+    step: "_RecordedStep", before: cuda.AllocatorBytes | None
+) -> "tuple[_History, Peak, cuda.AllocatorBytes | None]":
+    """A step run and read, its peak, and on CUDA what the allocator says, beyond what was there before the module."""
+    if before is not None:  # blocks are larger than what is asked for
+        step.unaccounted = cuda.live_now().allocated - before.allocated - sum(step.resident.values())
+    history = _History(step, recording.record(step.run, step.step.device))
+    peak = find_peak(history.resident, history.changes)
+    on_cuda = None if before is None or step.peaks is None else step.peaks.above(before)
+    return history, peak if on_cuda is None else _as_allocator_says(peak, on_cuda.allocated), on_cuda
 
 
 def _as_allocator_says(peak: Peak, allocated: int) -> Peak:

@@ -219,16 +219,24 @@ def _refuse_lone_samples(module: nn.Module, spec: StepSpec) -> None:
 class SteadyStep:
     """A module in training and its optimizer, with what it takes to bring one to the second step and run that.
 
+    Without an optimizer it makes the step's, which learns nothing.
+
     Raises:
         InputError: micro-batches of one sample, and the module has batch norms.
     """
 
     def __init__(
-        self, module: nn.Module, spec: StepSpec, input_shape: tuple[int, ...], num_classes: int, adapter: Adapter
+        self,
+        module: nn.Module,
+        spec: StepSpec,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        adapter: Adapter,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         _refuse_lone_samples(module, spec)
         self.module = module.train()
-        self.optimizer = make_optimizer(module.parameters(), spec.optimizer, learning_rate=0.0)
+        self.optimizer = optimizer or make_optimizer(module.parameters(), spec.optimizer, learning_rate=0.0)
         self.device = spec.device
         self._spec, self._adapter = spec, adapter
         self._input_shape, self._num_classes = input_shape, num_classes

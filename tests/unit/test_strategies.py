@@ -12,13 +12,15 @@ from slt_planner.config import Config, StepSpec, Tier
 from slt_planner.data.datasets import Dataset
 from slt_planner.errors import InfeasibleError, UnsupportedLayerError
 from slt_planner.federated.client import LocalTraining, client_seed, local_batches
-from slt_planner.federated.nested_widths import nested_widths
+from slt_planner.federated.nested_widths import calibrate_nested, nested_peak, nested_widths
 from slt_planner.federated.result import RunSettings
 from slt_planner.federated.rounds import draw_cohort, run_round
 from slt_planner.federated.setup import prepare
 from slt_planner.graph.trace import trace
+from slt_planner.memory.limit import memory_limit
 from slt_planner.memory.measure import measure
-from slt_planner.memory.step import threads
+from slt_planner.memory.step import SteadyStep, threads
+from slt_planner.models.registry import load_model
 from slt_planner.planning.solve import solve
 from slt_planner.submodel.extract import extract, tensor_indices
 
@@ -327,3 +329,40 @@ def test_the_training_of_a_client_with_one_width_is_that_of_its_sub_model(networ
         step.widths[-1] == step.config.head_scale for t in plan.tiers for step in run.strategy.tier_steps(t.name)
     )
     assert LocalTraining(SPEC.settings, 4, 1, 0.1).widths == ()
+
+
+def test_all_widths_of_a_client_fit_its_budget_as_they_run():
+    """A narrower width can need more than the widest; the memory limit, which follows each operator, says how much."""
+    model = load_model("resnet20")
+    graph, spec = trace(model, (3, 32, 32)), StepSpec(batch_size=8, threads=1)
+    scale, widths = 0.609375, (0.2, 0.4, 0.6, 0.609375)
+    config = Config(freeze_depth=0, full_depth=0, head_scale=scale)
+    alone = measure(extract(graph, None, config), spec, details=False).peak_bytes
+    needed = nested_peak(graph, config, widths, spec)
+    assert alone < needed
+    calibrate_nested(graph, config, widths, spec)
+    widest, limits = extract(graph, model, config), []
+    with threads(spec):
+        for own in nested_widths(widest, widths, spec, 0.1):
+            step = SteadyStep(own.model, spec, graph.input_shape, graph.num_classes, graph.adapter, own.optimizer)
+            step.prepare()
+            step.optimizer.zero_grad()
+            limits.append(memory_limit(needed, own.model, own.optimizer, *([] if own.model is widest else [widest])))
+            batch = step.example_batch()
+            with limits[-1]:
+                step.train(*batch)
+    assert all(limit.exact for limit in limits)
+    assert max(limit.peak_bytes for limit in limits) == needed
+    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    data = Dataset(
+        "made up", images, torch.arange(40) % 10, images[:4], torch.arange(4), 10, (0.5,) * 3, (0.3,) * 3, False
+    )
+    plan = solve(graph, [(alone + needed) // 2], spec, verify=False)
+    settings = RunSettings(
+        strategy="fjord", dataset="made", rounds=13, clients=2, cohort_size=2, local_batch=8, enforce=True
+    )
+    run = prepare(plan, settings, data, (model, graph))
+    (step,) = run.strategy.tier_steps(plan.tiers[0].name)
+    assert step.config.head_scale < scale
+    assert max(run.client_peaks.values()) <= plan.tiers[0].budget_bytes
+    run_round(run, run.start)
