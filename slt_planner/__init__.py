@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slt_planner.federated.experiment import resume, train
     from slt_planner.federated.result import RunResult
     from slt_planner.federated.run_folder import load_run
+    from slt_planner.federated.trained import load_trained
     from slt_planner.graph.adapter import Adapter
     from slt_planner.graph.trace import ModelGraph, trace
     from slt_planner.memory.calibrate import Calibration, calibrate
@@ -63,6 +64,7 @@ _HOME = {
     "load_plan": "planning.plan",
     "load_run": "federated.run_folder",
     "load_tiers": "planning.tiers",
+    "load_trained": "federated.trained",
     "measure": "memory.measure",
     "measure_process": "memory.process",
     "memory_limit": "memory.limit",
@@ -102,6 +104,7 @@ __all__ = [
     "load_profile",
     "load_run",
     "load_tiers",
+    "load_trained",
     "measure",
     "measure_process",
     "memory_limit",

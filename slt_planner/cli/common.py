@@ -62,7 +62,8 @@ def traced_network(
     """
     # torch is imported only once the command line is known to be right
     from slt_planner.graph.trace import trace
-    from slt_planner.models.registry import find_model, is_reference, load_model
+    from slt_planner.models.names import is_reference
+    from slt_planner.models.registry import find_model, load_model
 
     if input_shape is None:
         if is_reference(model):

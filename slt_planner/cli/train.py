@@ -59,7 +59,9 @@ def train(
         int | None, typer.Option(min=2, help="Images in a client's step [the plan's; small data: fewer].")
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="In the first round.")] = 0.1,
-    final_learning_rate: Annotated[float, typer.Option(help="In the last round; cosine between.")] = 0.01,
+    final_learning_rate: Annotated[
+        float | None, typer.Option(help="In the last round; cosine between [a tenth of the first].")
+    ] = None,
     partition: Annotated[
         str, typer.Option(help="How images are split over clients: iid, dirichlet:ALPHA, shards:N or natural.")
     ] = "iid",
@@ -111,7 +113,9 @@ def train(
     minimum_answers: Annotated[
         int, typer.Option(min=1, help="flower: a round with fewer updates uses none of them.")
     ] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing run folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite an existing run folder, with all runs in it.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Run a plan, and what it competes with, in a simulated federation.
@@ -126,6 +130,9 @@ def train(
         "--batched-clients": batched_clients > 1,
         "--device": device != "cpu",
     }
+    _refuse_without(context, "--engine flower", engine == "flower", ["deadline", "minimum_answers"])
+    plateau = rounds_policy == "plateau" or resume is not None
+    _refuse_without(context, "--rounds-policy plateau", plateau, ["plateau_patience", "plateau_threshold"])
     go_on = _engine(engine, [option for option, given in local.items() if given], model, deadline, minimum_answers)
     if resume is not None:
         _refuse_settings(context, resume)
@@ -143,7 +150,7 @@ def train(
             "dataset": dataset,
             "local_epochs": local_epochs,
             "learning_rate": learning_rate,
-            "final_learning_rate": final_learning_rate,
+            "final_learning_rate": learning_rate / 10 if final_learning_rate is None else final_learning_rate,
             "data_root": None if data_root is None else str(data_root),
             "partition": partition,
             "minimum_samples": minimum_samples,
@@ -220,13 +227,23 @@ def _strategies(text: str) -> list[str]:
 
 def _refuse_settings(context: typer.Context, resume: Path) -> None:
     """A run goes on as it was begun."""
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if name not in _GO_WITH_RESUME and source is not None and source.name != "DEFAULT":
-            raise InputError(
-                f"{parameter.opts[0]} does not go with --resume: {resume} goes on as it was begun, see {SETTINGS}"
-            )
+    for name, option in _given(context).items():
+        if name not in _GO_WITH_RESUME:
+            raise InputError(f"{option} does not go with --resume: {resume} goes on as it was begun, see {SETTINGS}")
+
+
+def _refuse_without(context: typer.Context, needed: str, there: bool, names: Sequence[str]) -> None:
+    """Options that say something only beside another one."""
+    for name, option in _given(context).items():
+        if name in names and not there:
+            raise InputError(f"{option} says nothing without {needed}; give both, or neither")
+
+
+def _given(context: typer.Context) -> dict[str, str]:
+    """What was given on the command line, by parameter."""
+    sources = {parameter: context.get_parameter_source(parameter.name or "") for parameter in context.command.params}
+    given = (parameter for parameter, source in sources.items() if source is not None and source.name != "DEFAULT")
+    return {parameter.name or "": parameter.opts[0] for parameter in given}
 
 
 def _new_runs(
@@ -253,9 +270,10 @@ def _new_runs(
     network = load_network(plan, wanted[0][1], model)
     data = load_data(plan, fixed["dataset"], fixed["data_root"], download)
     scheme, minimum = fixed["partition"], fixed["minimum_samples"]
-    defaults = default_settings(plan, data, given["clients"], scheme, minimum).model_dump()
+    defaults = default_settings(plan, data, given["clients"], scheme, minimum, wanted[0][1]).model_dump()
+    images = defaults.pop("images_a_client")
     sizes = defaults | {name: value for name, value in given.items() if value is not None}
-    line = _words(data, sizes, given["local_batch"], plan)
+    line = _words(data, images, sizes, given["local_batch"], plan)
     console.print(line, soft_wrap=True, markup=False, highlight=False)
     networks = {seed: load_network(plan, seed, model) if seed != wanted[0][1] else network for _, seed in wanted}
     runs = []
@@ -263,7 +281,24 @@ def _new_runs(
         for number, (name, seed) in enumerate(wanted, start=1):
             status.update(f"measuring what clients of {name} train ({number} of {len(wanted)} runs)")
             runs.append(prepare(plan, settings_of(name, seed, sizes), data, networks[seed]))
+    for run in runs:
+        if line := _sitting_out(run):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     return runs
+
+
+def _sitting_out(run: "Run") -> str:
+    """Whose clients never train; empty where all do."""
+    counts = {
+        tier.name: run.tier_of.count(place)
+        for place, tier in enumerate(run.plan.tiers)
+        if not run.strategy.tier_steps(tier.name) and place in run.tier_of
+    }
+    if not counts:
+        return ""
+    tiers = "tier " + ", ".join(counts) if len(counts) == 1 else "tiers " + ", ".join(counts)
+    out = f"{sum(counts.values())} of {len(run.tier_of)} clients sit out: {tiers} can hold nothing of it"
+    return f"{run.settings.strategy}: {out}"
 
 
 def _begin_all(runs: "Sequence[Run]", out: Path, force: bool) -> "list[tuple[Path, Run]]":
@@ -316,13 +351,13 @@ def _continue_all(begun: "Sequence[tuple[Path, Run | RunResult]]", console: Cons
     return results
 
 
-def _words(data: "Dataset", sizes: dict[str, int], asked_batch: int | None, plan: Plan) -> str:
+def _words(data: "Dataset", images: int, sizes: dict[str, int], asked_batch: int | None, plan: Plan) -> str:
     """What is trained on, and a word about the local batch where it is not the plan's."""
-    images = len(data.train_labels) // sizes["clients"]
     line = f"{data.title}: {len(data.train_labels):,} images, about {images} for each of {sizes['clients']} clients"
     if asked_batch is None and sizes["local_batch"] < plan.batch_size:
         line += (
             f"; local batch {sizes['local_batch']}, not the plan's {plan.batch_size}, "
-            "so that a client can fill several (it needs less memory than planned)"
+            f"so that a client can fill several: its steps need less memory than planned, and so may those of larger "
+            f"networks; --local-batch {plan.batch_size} compares methods at the planned one"
         )
     return line

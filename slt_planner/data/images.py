@@ -3,7 +3,7 @@
 import io
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slt_planner.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Shape = tuple[int, int, int]
 
@@ -161,7 +164,9 @@ def _decode(
         with Image.open(io.BytesIO(coded)) as image:
             found = image.height, image.width
             # The size is known before decoding: nothing large is decoded only to be refused.
-            values = np.asarray(image.convert(mode) if mode else image) if found == size else None
+            values = np.asarray(_of_8_bits(image, where).convert(mode) if mode else image) if found == size else None
+    except InputError:
+        raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and more for damaged bytes
         raise InputError(f"{where}: the {what} cannot be decoded; give whole {formats} files") from error
     if values is None:
@@ -170,6 +175,17 @@ def _decode(
             f"resize the {what}s, or use a model planned for their size"
         )
     return values
+
+
+def _of_8_bits(image: "Image", where: str) -> "Image":
+    """An image as it is, but grey of 16 bits by its upper 8: Pillow would cut off all that is above 255."""
+    from PIL.Image import fromarray
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # by version of Pillow
+        return fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"{where}: its pixels are of 32 bits, on no known scale; give images of 8 or 16 bits")
+    return image
 
 
 def image_format(coded: bytes) -> str:

@@ -1,11 +1,10 @@
 """How good the global model is: with batch statistics, and with recalibrated running statistics."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _NormBase
 
 from slt_planner.config import Config, Metric
 from slt_planner.data.datasets import Dataset, normalise
@@ -101,22 +100,20 @@ def recalibrate(
     """The same weights with running statistics of the network that `config` cuts, so that it can classify one image.
 
     They are averaged over up to 1,024 training images, drawn by `seed` and used without labels, that stand for images
-    the server holds.
+    the server holds. Only norms are in training mode: dropout and the like are off, as when an image is classified.
     """
     config = config.model_copy(update={"freeze_depth": 0})  # the statistics of frozen norms are wanted too
     model = extract(graph, weights, config, norms="running")
     order = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(seed))
-    pieces = split_without_tail(order[:SERVER_IMAGES], _batch_size(dataset))
-    update_bn((normalise(dataset.train_images[chosen], dataset) for chosen in pieces), _OnImages(model))
+    norms = [
+        module for module in model.eval().modules() if isinstance(module, _NormBase) and module.track_running_stats
+    ]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+    with torch.inference_mode():
+        for number, chosen in enumerate(split_without_tail(order[:SERVER_IMAGES], _batch_size(dataset)), start=1):
+            for norm in norms:
+                norm.momentum = 1 / number  # the mean over the batches so far
+            model(*graph.adapter.inputs(normalise(dataset.train_images[chosen], dataset)))
     return merge(graph, weights, [(config, model.trained_state(), 1)])
-
-
-class _OnImages(nn.Module):
-    """A sub-model that takes images, whatever its network's arguments are."""
-
-    def __init__(self, model: SubModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Any:
-        return self.model(*self.model.extraction.graph.adapter.inputs(images))

@@ -1,11 +1,11 @@
 """A plan goes in, a federated run comes out: the loop over rounds, and the folder it leaves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from slt_planner.config import Config, Norms
 from slt_planner.data.datasets import Dataset
@@ -22,7 +22,6 @@ from slt_planner.federated.result import RoundRow, RunResult, RunSettings, RunTi
 from slt_planner.federated.rounds import EVALUATION_STREAM, run_round
 from slt_planner.federated.run_folder import SPLIT, TENSORBOARD, RunFolder, load_run
 from slt_planner.federated.setup import Run, default_settings, load_data, load_network, prepare
-from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.tensorboard_log import TensorboardLog
 from slt_planner.memory.step import threads
 from slt_planner.planning.plan import Plan
@@ -95,7 +94,10 @@ def continue_run(
                         save_checkpoint(folder, run.graph, state)
                     log.add(row)
                     progress(row)
-                outcome = judge(run, state, _last_config(run, rows))
+                config = _last_config(run, rows)
+                outcome = judge(
+                    run, recalibrate(run.graph, state.weights, config, run.dataset, run.settings.seed), config
+                )
             except KeyboardInterrupt:  # what is done is kept, and the result says "stopped"
                 save_checkpoint(folder, run.graph, state)
         result = _with_rows(result, rows).model_copy(update=outcome)
@@ -178,17 +180,22 @@ def train(
     network = load_network(plan, seed if isinstance(seed, int) else 0, model)
     data = load_data(plan, dataset, settings.get("data_root"), download)
     clients, scheme = settings.get("clients"), settings.get("partition", "iid")
-    defaults = default_settings(plan, data, clients, scheme, settings.get("minimum_samples", 2)).model_dump()
+    minimum = settings.get("minimum_samples", 2)
+    defaults = default_settings(plan, data, clients, scheme, minimum).model_dump(exclude={"images_a_client"})
     given = {"rounds": rounds, **settings}
+    if "learning_rate" in given:
+        defaults["final_learning_rate"] = given["learning_rate"] / 10
     chosen = defaults | {name: value for name, value in given.items() if value is not None}
     run_settings = RunSettings.model_validate({"strategy": strategy, "dataset": dataset, **chosen})
     return run_experiment(prepare(plan, run_settings, data, network), Path(out), force)
 
 
-def judge(run: Run, state: ServerState, config: Config) -> dict[str, object]:
-    """The accuracy of what was trained last, by both kinds of statistics, as fields of a finished result."""
+def judge(run: Run, weights: Mapping[str, Tensor], config: Config) -> dict[str, object]:
+    """The accuracy of what was trained last, by both kinds of statistics, as fields of a finished result.
+
+    `weights` are recalibrated.
+    """
     seed = run.settings.seed
-    weights = recalibrate(run.graph, state.weights, config, run.dataset, seed)
     kinds: tuple[tuple[Norms, str], ...] = (
         ("static", "accuracy_batch_statistics"),
         ("running", "accuracy_running_statistics"),
@@ -236,6 +243,8 @@ def _empty_result(run: Run, made_on: dict[str, str]) -> RunResult:
         metric=run.graph.adapter.metric,
         train_images=len(run.dataset.train_labels),
         test_images=len(run.dataset.test_labels),
+        mean=run.dataset.mean,
+        std=run.dataset.std,
         head_scale=configs.pop().head_scale if len(configs) == 1 else None,
         tiers=tiers,
         status="stopped",

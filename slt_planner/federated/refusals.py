@@ -20,8 +20,8 @@ from slt_planner.submodel.slices import take
 class Verdict:
     """What came of looking at an update: why it is refused (None: it is used), and how far it moved the weights.
 
-    `change` is the root mean square of the differences, over the trained parameters; None where it is not finite or
-    the update is not one of this network.
+    `change` is the root mean square of the differences, over the trained parameters, divided by the client's steps;
+    None where it is not finite or the update is not one of this network.
     """
 
     reason: str | None
@@ -37,8 +37,9 @@ class Screen:
     - its tensors are not the ones that its configuration trains, by name and shape,
     - its training loss, or a number in it, is not finite,
     - it moves the weights absurdly far: its `Verdict.change` is more than `max_change` times the median of the
-      `recent_changes`. While these are none or zero, as in the first round of a run, the size of the weights that
-      were sent (their root mean square) stands in for it.
+      `recent_changes`, both of a step: a client with more images takes more of them. While these are none or zero, as
+      in the first round of a run, all its steps together may move them `max_change` times the size of the weights that
+      were sent (their root mean square).
 
     All updates of a round are judged alike, by what was there before it, so neither their order nor the engine matters.
     Changes of updates that are refused as too far belong to the recent ones, too: where all clients move further from
@@ -49,12 +50,14 @@ class Screen:
         weights: the global state dict that the clients started from.
         recent_changes: of the last rounds' updates.
         max_change: how many times as far as usual is too far.
+        samples_a_step: a client's batch, over its local epochs: how many of its samples make a step.
     """
 
     graph: ModelGraph
     weights: Mapping[str, Tensor]
     recent_changes: Sequence[float]
     max_change: float
+    samples_a_step: float = math.inf
     _trained: dict[Config, dict[str, Index]] = field(default_factory=dict)
 
     def verdict(self, config: Config, update: Mapping[str, Tensor], samples: int, loss: float) -> Verdict:
@@ -77,10 +80,12 @@ class Screen:
                 return Verdict(f"{name} is not finite")
         if not math.isfinite(change):
             return Verdict("it moves the weights further than can be measured")
-        usual = (median(self.recent_changes) if self.recent_changes else 0.0) or _root_mean_square(list(sent.values()))
+        steps = max(1, math.ceil(samples / self.samples_a_step))
+        usual = median(self.recent_changes) * steps if self.recent_changes else 0.0
+        usual = usual or _root_mean_square(list(sent.values()))
         if change <= self.max_change * usual or usual == 0:
-            return Verdict(None, change)
-        return Verdict(f"it moves the weights {change / usual:.3g} times as far as usual", change)
+            return Verdict(None, change / steps)
+        return Verdict(f"it moves the weights {change / usual:.3g} times as far as usual", change / steps)
 
 
 def _misfit(

@@ -74,6 +74,14 @@ class RunSettings(Record):
         return value
 
     @model_validator(mode="after")
+    def _rate_falls(self) -> "RunSettings":
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"the final learning rate {self.final_learning_rate:g} is above the first, {self.learning_rate:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stages_end_where_there_are_some(self) -> "RunSettings":
         if self.rounds_policy == "plateau" and self.strategy != "slt":
             raise ValueError(f"the rounds policy plateau is for stages; {self.strategy} has none")
@@ -148,7 +156,8 @@ class RunTier(Record):
 class RunResult(Record):
     """A run of one strategy with one seed, finished or stopped.
 
-    `head_scale` is that of a run that holds one width from beginning to end.
+    `mean` and `std` are those that images were normalised by, a number a channel, pixels in 0..1; None in runs of older
+    versions. `head_scale` is that of a run that holds one width from beginning to end.
 
     `accuracy_batch_statistics` and `accuracy_running_statistics` are of the final network on the test images, with
     norms as trained (statistics of batches of 256) and with running statistics recalibrated on the server's images;
@@ -166,6 +175,8 @@ class RunResult(Record):
     dataset_title: str
     train_images: int
     test_images: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     head_scale: float | None = None
     tiers: tuple[RunTier, ...]
     rows: tuple[RoundRow, ...] = ()

@@ -34,7 +34,8 @@ def run_round(run: Run, state: ServerState, engine: Engine | None = None) -> tup
     steps = _steps_of_tiers(run, state)
     cohort = draw_cohort(run, state)
     holders = engine.holders(_holders(state, stage, steps))
-    screen = Screen(run.graph, state.weights, state.progress.recent_changes, settings.max_change)
+    samples_a_step = settings.local_batch / settings.local_epochs
+    screen = Screen(run.graph, state.weights, state.progress.recent_changes, settings.max_change, samples_a_step)
     answering = [assignment for assignment in cohort if assignment.answer == "in_time"]
     after = apply(run.graph, state, engine.run_clients(run, state, answering, holders, screen, log))
     cohort = [replace(own, answer=log.answers.get(own.client, own.answer)) for own in cohort]

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,15 +147,22 @@ def run_folders(path: Path) -> list[Path]:
 
 
 def clear_runs(path: Path) -> None:
-    """Remove what earlier runs left in a folder, alone or in its subfolders STRATEGY-seedN; nothing else is touched."""
+    """Remove what earlier runs left in a folder, alone or in its subfolders STRATEGY-seedN; nothing else is touched.
+
+    Raises:
+        InputError: another process is at one of them; then all are left.
+    """
     folders = [path, *path.glob(_SEVERAL)]
     runs = [folder for folder in folders if all((folder / name).is_file() for name in (SETTINGS, METRICS))]
-    for folder in runs:
-        for name in _FILES:
-            _remove(folder / name)
-        remove_events(folder / TENSORBOARD)
-        if folder != path and not any(folder.iterdir()):
-            folder.rmdir()
+    with ExitStack() as alone:
+        for folder in runs:
+            alone.enter_context(RunFolder(folder).alone())
+        for folder in runs:
+            for name in _FILES:
+                _remove(folder / name)
+            remove_events(folder / TENSORBOARD)
+            if folder != path and not any(folder.iterdir()):
+                folder.rmdir()
     if runs:  # several runs have theirs beside them
         for name in _REPORTS:
             _remove(path / name)

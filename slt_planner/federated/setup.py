@@ -37,12 +37,13 @@ _SMALL_DATASET = 10_000
 
 
 class Defaults(Record):
-    """What a run takes where the user says nothing."""
+    """What a run takes where the user says nothing; `images_a_client` are those of a client on average."""
 
     rounds: int
     clients: int
     cohort_size: int
     local_batch: int
+    images_a_client: int
 
 
 @dataclass(frozen=True)
@@ -83,24 +84,26 @@ def load_data(plan: Plan, name: str, data_root: str | None = None, download: boo
 
 
 def default_settings(
-    plan: Plan, dataset: Dataset, clients: int | None, scheme: str = "iid", minimum_samples: int = 2
+    plan: Plan, dataset: Dataset, clients: int | None, scheme: str = "iid", minimum_samples: int = 2, seed: int = 0
 ) -> Defaults:
     """100 clients (with the partition ``natural`` all there are), cohorts of 10, 100 rounds and the plan's batch.
 
     With fewer than 10,000 training images: 10 clients, 30 rounds (more if the plan has more stages), and a batch that a
     client can fill eight times, so that a round is more than one step.
     """
-    small = len(dataset.train_labels) < _SMALL_DATASET
-    if clients is None and scheme == "natural":
+    small, taken = len(dataset.train_labels) < _SMALL_DATASET, len(dataset.train_labels)
+    if scheme == "natural":
         groups = dataset.train_groups
-        clients = len(partition(dataset.train_labels, None, scheme, 0, groups=groups, minimum=minimum_samples))
+        shares = partition(dataset.train_labels, clients, scheme, seed, groups=groups, minimum=minimum_samples)
+        clients, taken = len(shares), int(shares.sizes.sum())  # fewer clients than writers take fewer images
     clients = clients or (10 if small else 100)
-    batch = plan.batch_size
+    batch, images = plan.batch_size, max(2, taken // clients)
     if small:
-        images = max(2, len(dataset.train_labels) // clients)
         batch = min(batch, max(2, 2 ** ((images // 8).bit_length() - 1)))
     rounds = max(30 if small else 100, len(plan.stages))
-    return Defaults(rounds=rounds, clients=clients, cohort_size=min(10, clients), local_batch=batch)
+    return Defaults(
+        rounds=rounds, clients=clients, cohort_size=min(10, clients), local_batch=batch, images_a_client=images
+    )
 
 
 def image_shape(plan: Plan) -> tuple[int, int, int]:
@@ -150,8 +153,8 @@ def prepare(plan: Plan, settings: RunSettings, dataset: Dataset, network: tuple[
     if settings.prefix_cache is not None:
         _check_prefix_cache(plan, settings, dataset, graph)
     with threads(plan.step):
-        strategy = make_strategy(clients_plan(plan, settings), settings, graph)
         tier_of = deal_clients(plan, settings)
+        strategy = make_strategy(_with_clients(clients_plan(plan, settings), tier_of), settings, graph)
         if not any(strategy.tier_steps(plan.tiers[tier].name) for tier in tier_of):
             raise InputError(f"none of the {settings.clients} clients is in a tier that takes part; use more clients")
         images = partition(
@@ -174,6 +177,11 @@ def deal_clients(plan: Plan, settings: RunSettings) -> tuple[int, ...]:
     dealt = [tier for tier, count in enumerate(counts) for _ in range(count)]
     np.random.default_rng([settings.seed, _DEAL_STREAM]).shuffle(dealt)
     return tuple(dealt)
+
+
+def _with_clients(plan: Plan, tier_of: Sequence[int]) -> Plan:
+    """The plan for those of its tiers that have clients: what nobody trains is not judged and binds nobody."""
+    return plan.model_copy(update={"tiers": tuple(plan.tiers[place] for place in sorted(set(tier_of)))})
 
 
 def _trained_on_one_image(

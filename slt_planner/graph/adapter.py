@@ -50,8 +50,16 @@ class Adapter:
         return outputs
 
     def loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        """What a training step minimises; by default the scores' cross-entropy. An output that was dropped is None."""
-        return F.cross_entropy(self.scores(outputs), labels)
+        """What a training step minimises; by default the scores' cross-entropy. An output that was dropped is None.
+
+        Where pixels are judged those labelled 255 do not count.
+        """
+        return F.cross_entropy(self.scores(outputs), labels, ignore_index=self.ignored)
+
+    @property
+    def ignored(self) -> int:
+        """The label of pixels that do not count; of images all do."""
+        return 255 if self.metric == "mean_iou" else -100
 
     def labels_of(self, labels: Any, chosen: slice) -> Any:
         """The labels of some samples of a batch; they are tensors whose first dimension is the batch."""
@@ -74,5 +82,5 @@ class Adapter:
             ) from error
 
     def example_labels(self, batch_size: int, num_classes: int, input_shape: tuple[int, ...]) -> Any:
-        """Made-up labels for measuring a step: class numbers (N,)."""
-        return torch.randint(num_classes, (batch_size,))
+        """Made-up labels for measuring a step: class numbers (N,), or where pixels are judged (N, H, W)."""
+        return torch.randint(num_classes, (batch_size, *(input_shape[-2:] if self.metric == "mean_iou" else ())))

@@ -257,12 +257,12 @@ def _num_classes(program: Program) -> int:
 
 
 def _check_scores(program: Program, adapter: Adapter) -> None:
-    """Where an adapter says nothing of labels and loss a sample has one class, and scores are logits.
+    """Where an adapter says nothing of labels, loss and metric a sample has one class, and scores are logits.
 
     Raises:
         InputError: they are of positions.
     """
-    silent = all(
+    silent = adapter.metric == "accuracy" and all(
         getattr(getattr(adapter, name), "__func__", None) is getattr(Adapter, name)
         for name in ("loss", "step_loss", "example_labels")
     )

@@ -35,7 +35,6 @@ class Segmentation(Adapter):
 
     metric: Metric = "mean_iou"
     loss_is_mean = False  # over pixels that count, of which a micro-batch can have more than its share
-    ignored = 255
 
     def scores(self, outputs: Any) -> Any:
         """The main logits."""
@@ -46,10 +45,6 @@ class Segmentation(Adapter):
         loss = F.cross_entropy(outputs["out"], labels, ignore_index=self.ignored)
         auxiliary = outputs.get("aux")
         return loss if auxiliary is None else loss + 0.5 * F.cross_entropy(auxiliary, labels, ignore_index=self.ignored)
-
-    def example_labels(self, batch_size: int, num_classes: int, input_shape: tuple[int, ...]) -> Tensor:
-        """A class number a pixel."""
-        return torch.randint(num_classes, (batch_size, *input_shape[-2:]))
 
 
 class Detection(Adapter):

@@ -21,6 +21,7 @@ from slt_planner.graph.adapter import Adapter
 from slt_planner.models.adapters import AuxiliaryLogits, Detection, Segmentation
 from slt_planner.models.convnets import convnet, vgg9
 from slt_planner.models.densenet_cifar import CifarDenseNet
+from slt_planner.models.names import is_reference
 from slt_planner.models.resnet_cifar import CifarResNet, Shortcut
 
 Shape = tuple[int, ...]
@@ -94,11 +95,6 @@ def find_model(name: str) -> ModelEntry:
     near = difflib.get_close_matches(name, [*_REGISTRY, *names], n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(_REGISTRY)}"
     raise InputError(f"unknown model {name!r}; {hint} (your own: package.module:factory or ./file.py:Class)")
-
-
-def is_reference(name: str) -> bool:
-    """Whether a name stands for the user's own code, which is run to build the network."""
-    return ":" in name and not name.startswith("timm:")
 
 
 def load_model(
@@ -273,6 +269,12 @@ def _module_from_file(path: Path, reference: str) -> ModuleType:
     except Exception as error:  # whatever the user's file raises
         raise InputError(f"model {reference!r}: {path} cannot be run: {type(error).__name__}: {error}") from error
     return module
+
+
+def takes_classes(reference: str) -> bool:
+    """Whether the user's own code takes ``num_classes``; it is imported for that."""
+    factory = referenced_object(reference, "model")
+    return callable(factory) and "num_classes" in inspect.signature(factory).parameters
 
 
 def _referenced(reference: str, num_classes: int | None) -> nn.Module:

@@ -6,7 +6,8 @@ from torch import nn
 
 from slt_planner.errors import InputError
 from slt_planner.graph.trace import ModelGraph, trace
-from slt_planner.models.registry import is_reference, load_model
+from slt_planner.models.names import is_reference
+from slt_planner.models.registry import load_model, takes_classes
 from slt_planner.planning.plan import PlannedModel
 
 
@@ -47,12 +48,24 @@ def planned_network(
         raise InputError("the plan names no model; pass the network it was made for")
     if model is None and is_reference(str(name)):
         raise InputError(f"the plan's model is your own code, {name}; if you trust it, pass --model {name}")
-    classes = None if is_reference(str(name)) else plan.num_classes
-    network = load_model(name, classes, plan.input_shape, weights=weights or isinstance(name, nn.Module))
-    graph = trace(network, plan.input_shape, granularity=plan.model.granularity)
-    if graph.hash != plan.model.graph_hash:
-        raise InputError(
-            f"the model is not the plan's: its graph is {graph.hash}, planned was {plan.model.graph_hash}; "
-            "make a plan for this one"
-        )
-    return network, graph
+    own_code = is_reference(str(name))
+    for classes in _classes_to_try(name, plan.num_classes) if own_code else [plan.num_classes]:
+        network = load_model(name, classes, plan.input_shape, weights=weights or isinstance(name, nn.Module))
+        graph = trace(network, plan.input_shape, granularity=plan.model.granularity)
+        if graph.hash == plan.model.graph_hash:
+            return network, graph
+    raise InputError(f"the model is not the plan's: {_difference(plan, graph)}; make a plan for this one")
+
+
+def _classes_to_try(name: nn.Module | str, planned: int) -> list[int | None]:
+    """With how many classes the user's own code is built: as it does by itself, then as the plan says."""
+    return [None, planned] if isinstance(name, str) and takes_classes(name) else [None]
+
+
+def _difference(plan: NamesNetwork, graph: ModelGraph) -> str:
+    names = tuple(unit.name for unit in graph.units)
+    if graph.num_classes != plan.num_classes:
+        return f"it has {graph.num_classes} classes, planned was one of {plan.num_classes}"
+    if names != plan.model.unit_names:
+        return f"it has {len(names)} units ({', '.join(names)}), planned were {', '.join(plan.model.unit_names)}"
+    return f"its units are the same, but not what they compute (graph {graph.hash}, not {plan.model.graph_hash})"

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from slt_planner.config import MAX_BATCH, Config, DeviceFigures, Granularity, LeverSet, Record, StepSettings, StepSpec
 from slt_planner.files import read_record, write_text
 from slt_planner.memory.profile import Category, MemoryProfile
+from slt_planner.models.names import is_reference
 from slt_planner.planning.levers import WhatIf
 from slt_planner.units import LARGEST_BYTES
 
@@ -34,6 +35,11 @@ class PlannedModel(Record):
     def depth(self) -> int:
         """K, the number of freeze units."""
         return len(self.unit_names)
+
+    @property
+    def is_own_code(self) -> bool:
+        """The network is the user's own code, which runs only where it is named again."""
+        return self.name is not None and is_reference(self.name)
 
 
 class Stage(Record):

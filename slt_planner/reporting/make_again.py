@@ -10,6 +10,9 @@ from slt_planner.planning.levers import lever_sets
 from slt_planner.planning.plan import Plan
 from slt_planner.units import parse_bytes
 
+_FLAGS = {"augment": "--no-augmentation"}
+"""Options that are named for the other value."""
+
 
 def plan_command(plan: Plan) -> str:
     """What to type for the same plan, quoted for a shell; options that say nothing new are left out.
@@ -57,10 +60,13 @@ def _run_command(runs: Sequence[RunResult]) -> str:
     settings = runs[0].settings.model_dump()
     strategies = ",".join(dict.fromkeys(run.settings.strategy for run in runs))
     words = ["slt-train", "--plan", "PLAN.json", "--strategy", strategies]
+    model = runs[0].plan.model
+    if model.name and model.is_own_code:
+        words += ["--model", model.name]
     for name, value in settings.items():
         option = f"--{name.replace('_', '-')}"
         if name != "strategy" and value != RunSettings.model_fields[name].default:
-            words += [option] if value is True else [option, str(value)]
+            words += [_FLAGS.get(name, option)] if isinstance(value, bool) else [option, str(value)]
     return shlex.join(words)
 
 

@@ -1,5 +1,7 @@
 """Runs as a table for a terminal."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from rich.console import Group, RenderableType
@@ -20,7 +22,7 @@ from slt_planner.reporting.run_groups import (
     stopped_sentence,
     tightest_tier,
 )
-from slt_planner.reporting.words import NOTHING, megabytes, shorten
+from slt_planner.reporting.words import NOTHING, count, megabytes, shorten
 
 _WIDTH = 80
 _Column = tuple[str, Callable[[RunResult], str], Callable[[RunGroup], str]]
@@ -50,6 +52,11 @@ def run_table(results: Sequence[RunResult]) -> RenderableType:
         for label, result in zip(labels, results, strict=True)
         if result.status == "stopped"
     ]
+    stopped += [
+        Text(f"{label}: {words}.", style="bold yellow")
+        for label, result in zip(labels, results, strict=True)
+        if (words := _unused(result))
+    ]
     each = f", after {rounds[0]} rounds" if len(rounds) == 1 else ""
     note = (
         f"Test {metric_title(results)} on {dataset_titles(results)}{each}. "
@@ -57,6 +64,19 @@ def run_table(results: Sequence[RunResult]) -> RenderableType:
         "Peak: of the tier nearest to its budget, allocator ruler."
     )
     return Group(table, Text(""), *stopped, Text(note, style="dim"))
+
+
+def _unused(run: RunResult) -> str:
+    """How many updates were refused, and why most often; in how many rounds none was used. Empty if all is well."""
+    reasons = Counter(re.sub(r"[0-9.e+]+ times", "many times", own.reason) for row in run.rows for own in row.refusals)
+    idle = sum(row.clients == row.dropped_out + row.stragglers + row.refused for row in run.rows)
+    parts = []
+    if reasons:
+        most_often = shorten(reasons.most_common(1)[0][0])
+        parts.append(f"{count(sum(reasons.values()), 'update')} refused (most often: {most_often})")
+    if idle:
+        parts.append(f"no update was used in {idle} of {count(len(run.rows), 'round')}")
+    return "; ".join(parts)
 
 
 def _columns(rounds: bool, spreads: bool) -> list[_Column]:

@@ -70,10 +70,10 @@ def model_title(plan: Plan) -> str:
     return shorten(plan.model.name) if plan.model.name else f"a network of {plan.model.depth} units"
 
 
-def ruler(plan: Plan) -> str:
-    """How a plan's memory was measured, in one line."""
+def ruler(plan: Plan, spec: StepSpec | None = None) -> str:
+    """How a plan's memory was measured, or that of a step made from its own, in one line."""
     levers = ", and each stage's levers" if lever_letters(plan) else ""
-    return step_ruler(plan.spec) + levers + (", made-up targets" if plan.model.data_dependent else "")
+    return step_ruler(spec or plan.spec) + levers + (", made-up targets" if plan.model.data_dependent else "")
 
 
 def step_ruler(spec: StepSpec) -> str:

@@ -88,6 +88,23 @@ def test_a_factory_in_a_package_beside_the_working_directory(own, tmp_path):
     assert "takes no num_classes" in own(*words, "--num-classes", "3", "--force").err
 
 
+def test_as_many_classes_as_asked_for_and_another_network_is_told_apart(own, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes=4):\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+        " nn.Linear(4, num_classes))\n"
+        "def fewer(): return net(7)\n"
+    )
+    words = ("--input-shape", "1,8,8", "--num-classes", "10", "--batch-size", "16", "--budgets", "1GB")
+    assert own("slt-plan", "./mine.py:net", *words).code == 0
+    train = ("slt-train", "--plan", "plan.json", "--rounds", "1", "--out", "run")
+    other = own(*train, "--model", "./mine.py:fewer")
+    assert "the model is not the plan's: it has 7 classes, planned was one of 10" in other.err
+    done = own(*train, "--model", "./mine.py:net")
+    assert done.code == 0, done.err
+
+
 def write_masks(folder, split, count, size=64):
     """Images with one bright square, whose pixels are of class 1; a border that does not count."""
     random = np.random.default_rng(count)
@@ -120,6 +137,33 @@ def test_a_segmentation_network_is_planned_and_trained_and_judged_by_mean_iou(co
     assert result.metric == "mean_iou"
     assert all(0 <= row.accuracy <= 1 and row.loss is not None for row in result.rows)
     assert "Mean IoU on" in (tmp_path / "run" / "report.html").read_text()
+
+
+PIXELS = """
+from torch import nn
+import slt_planner as slt
+
+class Pixels(slt.Adapter):
+    metric = "mean_iou"
+
+class Net(nn.Sequential):
+    slt_adapter = Pixels()
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+"""
+
+
+def test_an_adapter_for_pixels_needs_no_more_than_its_metric(command, tmp_path):
+    (tmp_path / "pixels.py").write_text(PIXELS)
+    write_masks(tmp_path / "squares", "train", 8, 16)
+    write_masks(tmp_path / "squares", "test", 4, 16)
+    shape = ("--input-shape", "3,16,16", "--batch-size", "4", "--budgets", "1GB")
+    assert command("slt-plan", "./pixels.py:Net", *shape).code == 0
+    words = ("--dataset", "masks:squares", "--clients", "2", "--rounds", "1", "--out", "run")
+    trained = command("slt-train", "--plan", "plan.json", "--model", "./pixels.py:Net", *words)
+    assert trained.code == 0, trained.err
+    assert "Test mean IoU on" in trained.out
 
 
 @pytest.mark.slow

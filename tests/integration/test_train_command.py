@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from slt_planner.config import StepSpec
+from slt_planner.config import StepSpec, Tier
 from slt_planner.federated.result import TIMING_FIELDS
 from slt_planner.federated.run_folder import load_run
 from slt_planner.graph.trace import trace
@@ -159,6 +159,30 @@ def test_kill_9_at_ten_random_moments_of_the_command(command, plan, tmp_path):
     print("rounds that were there after kill -9:", figures)
 
 
+def test_what_was_not_used_and_who_sat_out_is_told(command, tmp_path):
+    graph = trace(load_model("convnet", 10, (1, 8, 8)), (1, 8, 8))
+    tiers = [Tier(name="tiny", budget_bytes=1000, share=0.3), Tier(name="roomy", budget_bytes=10**9, share=0.7)]
+    solve(graph, tiers, StepSpec(batch_size=16, threads=1), "convnet").save(tmp_path / "plan.json")
+    words = ["--plan", "plan.json", "--rounds", "3", "--strategy", "slt,small", "--learning-rate", "1e20"]
+    done = command("slt-train", *words, "--out", "run")
+    assert done.code == 0, done.err
+    for name in ("slt", "small"):
+        assert f"{name}: 3 of 10 clients sit out: tier tiny can hold nothing of it" in done.err
+    told = " ".join(done.out.split())
+    assert "slt-seed0: 21 updates refused (most often: its training loss is not finite)" in told
+    assert "no update was used in 3 of 3 rounds" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [(["--deadline", "3"], "--engine flower"), (["--plateau-patience", "3"], "--rounds-policy plateau")],
+)
+def test_options_that_would_say_nothing_are_refused(command, plan, words, needed):
+    done = command("slt-train", *WORDS, *words)
+    assert done.code == 2
+    assert f"{words[0]} says nothing without {needed}" in done.err
+
+
 @pytest.fixture
 def stopped(command, plan, tmp_path, monkeypatch):
     """A run that Ctrl-C ended after two of its rounds."""
@@ -200,7 +224,7 @@ def test_what_does_not_go_with_resume_is_refused_in_one_line(command, stopped, t
         (["--resume", "run", "--strategy", "slt"], "--strategy does not go with --resume"),
         (["--resume", "run", "--force"], "--force does not go with --resume"),
         (["--resume", "run", "--out", "x"], "--out does not go with --resume"),
-        (["--resume", "run", "--model", "vgg9"], "the model is not the plan's: its graph is "),
+        (["--resume", "run", "--model", "vgg9"], "the model is not the plan's: it has "),
         (["--resume", "none"], "none: no run to go on with; give a run folder, one with a config.json"),
         (["--resume", "empty"], "empty: no run to go on with"),
         (["--resume", "plan.json"], "plan.json: no run to go on with"),
@@ -211,7 +235,7 @@ def test_what_does_not_go_with_resume_is_refused_in_one_line(command, stopped, t
         (["--plan", "plan.json", "--max-change", "1"], "--max-change 1.0: "),
         (["--plan", "plan.json", "--rounds-policy", "x"], "--rounds-policy 'x': known are planned, plateau"),
         (["--plan", "plan.json", "--rounds-policy", "plateau", "--strategy", "small"], "for stages; small has none"),
-        (["--plan", "plan.json", "--plateau-patience", "0"], "--plateau-patience 0: "),
+        (["--plan", "plan.json", "--rounds-policy", "plateau", "--plateau-patience", "0"], "--plateau-patience 0: "),
         (["--plan", "plan.json", "--plateau-threshold", "nan"], "--plateau-threshold nan: "),
         (["--plan", "plan.json", "--seed", "4294967295", "--seeds", "2"], "--seed 4294967296: "),
         (["--plan", "plan.json", "--seeds", "0"], "--seeds"),

@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+import typer
 
+from slt_planner.cli.train import train
 from slt_planner.errors import InputError
 from slt_planner.planning.plan import Plan, load_plan
 from slt_planner.reporting.comparison import plan_comparison, plan_labels, run_comparison, table_texts
@@ -135,3 +137,17 @@ def test_runs_that_differ_in_their_strategy_alone_are_one_command(plan: Plan) ->
         "slt-train --plan PLAN.json --strategy slt --dataset parquet:data/cifar10 --rounds 60 --clients 100 "
         "--cohort-size 10 --local-batch 128 --seed 3",
     ]
+
+
+def test_the_command_of_runs_is_one_that_slt_train_takes(plan: Plan) -> None:
+    own_code = plan.model_copy(update={"model": plan.model.model_copy(update={"name": "./net.py:Net"})})
+    run = sample_run(plan=own_code)
+    settings = run.settings.model_copy(update={"augment": False, "enforce": True})
+    (command,) = run_commands([run.model_copy(update={"settings": settings})])
+    words = shlex.split(command)
+    assert words[words.index("--model") + 1] == "./net.py:Net"
+    assert {"--no-augmentation", "--enforce"} < set(words)
+    app = typer.Typer()
+    app.command()(train)
+    options = {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options

@@ -24,11 +24,12 @@ from slt_planner.federated.evaluate import evaluate, recalibrate, split_without_
 from slt_planner.federated.experiment import run_experiment, train
 from slt_planner.federated.network_and_data import check_labels, check_lone_images
 from slt_planner.federated.result import TIMING_FIELDS, RunSettings
-from slt_planner.federated.rounds import draw_cohort
-from slt_planner.federated.run_folder import load_run
+from slt_planner.federated.rounds import draw_cohort, run_round
+from slt_planner.federated.run_folder import RunFolder, clear_runs, load_run
 from slt_planner.federated.setup import deal_clients, default_settings, load_network, prepare
 from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.strategies.slt import SuccessiveLayerTraining
+from slt_planner.federated.trained import load_trained
 from slt_planner.graph.adapter import Adapter
 from slt_planner.graph.trace import trace
 from slt_planner.memory import recording
@@ -317,6 +318,12 @@ def test_small_data_gets_a_batch_that_a_client_fills_several_times(full_plan, da
     assert (defaults.clients, defaults.rounds, defaults.cohort_size) == (10, 30, 10)
     assert defaults.local_batch == 2
     assert default_settings(full_plan, dataset, 1).local_batch == 8
+    writers = replace(dataset, train_groups=torch.arange(80).clamp(max=10))  # ten of one image, one of seventy
+    alone = default_settings(full_plan, writers, 1, "natural", 40)
+    assert (alone.images_a_client, alone.local_batch) == (70, 8)
+    few = default_settings(full_plan, writers, 3, "natural", 1, seed=4)
+    owners = partition(writers.train_labels, 3, "natural", 4, groups=writers.train_groups, minimum=1)
+    assert few.images_a_client == max(2, int(owners.sizes.sum()) // 3)
 
 
 def test_evaluation_counts_every_image_once_and_never_a_batch_of_one(dataset):
@@ -339,6 +346,70 @@ def test_recalibrated_statistics_are_the_mean_over_the_servers_images(dataset):
         outputs = first(normalise(dataset.train_images, dataset))
     torch.testing.assert_close(new["1.running_mean"], outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
     assert all(torch.equal(new[k], weights[k]) for k in weights if "running" not in k)
+
+
+def test_recalibrating_draws_nothing_and_counts_every_norm_that_has_running_statistics(dataset):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    graph, before = trace(model, (3, 16, 16)), torch.random.get_rng_state()
+    first, again = (recalibrate(graph, model.state_dict(), Config.full_network(), dataset, seed=1) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with torch.no_grad():
+        convolved = model[0](normalise(dataset.train_images, dataset))
+        normed = F.batch_norm(convolved, None, None, model[2].weight, model[2].bias, training=True)
+    torch.testing.assert_close(first["2.running_mean"], convolved.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first["3.running_var"], normed.var((2, 3)).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_trained_network_classifies_one_image_as_the_run_says(scheduled_plan, dataset, tmp_path):
+    for strategy in ("slt", "small"):
+        result = run(scheduled_plan, dataset, tmp_path / strategy, strategy=strategy)
+        trained = load_trained(tmp_path / strategy, network())
+        images = dataset.test_images / 255
+        with torch.no_grad():
+            together, alone = trained(images), torch.cat([trained(image[None]) for image in images])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        right = (together.argmax(1) == dataset.test_labels).float().mean().item()
+        assert right == pytest.approx(result.accuracy_running_statistics)
+    (tmp_path / "small" / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"weights\.safetensors cannot be read"):
+        load_trained(tmp_path / "small", network())
+
+
+def test_what_another_process_works_on_is_not_overwritten(full_plan, dataset, tmp_path):
+    for name in ("slt-seed0", "slt-seed1"):
+        run(full_plan, dataset, tmp_path / name, rounds=1)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with RunFolder(tmp_path / "slt-seed1").alone(), pytest.raises(InputError, match="another process is at work"):
+        clear_runs(tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == files
+    clear_runs(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_small_network_is_of_the_weakest_tier_that_holds_one(scheduled_plan, dataset):
+    own = prepared(scheduled_plan, dataset, strategy="small")
+    taking_part = {tier.name: own.strategy.tier_steps(tier.name) for tier in scheduled_plan.tiers}
+    assert taking_part["tiny"] == ()
+    assert taking_part["weak"] == taking_part["strong"] != ()
+
+
+def test_tiers_without_clients_neither_train_nor_are_judged(scheduled_plan, dataset):
+    plan = scheduled_plan.model_copy(update={"tiers": scheduled_plan.tiers[1:]})
+    own = prepared(plan, dataset, strategy="heterofl", clients=1, cohort_size=1)
+    (place,) = own.tier_of
+    steps = own.strategy.tier_steps(plan.tiers[place].name)
+    assert own.strategy.evaluation_config(own.start).head_scale == steps[0].config.head_scale
+    assert own.strategy.tier_steps(plan.tiers[1 - place].name) == ()
+    _, row = run_round(own, own.start)
+    assert row.measured_peak_bytes.keys() == {plan.tiers[place].name}
+
+
+def test_a_rate_that_would_rise_is_refused():
+    with pytest.raises(ValueError, match=r"final learning rate 0\.01 is above the first, 0\.001"):
+        settings_of(learning_rate=0.001)
 
 
 def test_each_client_gets_the_model_as_it_was_sent(scheduled_plan, dataset):

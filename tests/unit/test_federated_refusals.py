@@ -79,6 +79,14 @@ def test_too_far_is_ten_times_the_median_and_in_the_first_round_ten_times_the_we
         assert "10.1 times" in verdict(trained(10.1 * size), recent=recent).reason
 
 
+def test_a_client_with_more_images_takes_more_steps_and_may_move_further():
+    screen = Screen(GRAPH, network().state_dict(), (0.01,) * 3, max_change=10, samples_a_step=4)
+    few, many = (screen.verdict(CONFIG, trained(0.15), samples, 1.0) for samples in (4, 40))
+    assert few.reason == "it moves the weights 15 times as far as usual"
+    assert many.reason is None
+    assert few.change == pytest.approx(10 * many.change)
+
+
 def test_running_statistics_may_come_and_their_size_says_nothing():
     update = trained(norms="running", config=Config.full_network())
     update["1.running_var"] *= 1e6

@@ -11,6 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from slt_planner.data.datasets import load_dataset
 from slt_planner.data.imagefolder import _SUFFIXES
+from slt_planner.errors import InputError
 from tests.unit.tiny_images import SHAPE, as_tensor, assert_load_refused, random_pixels
 
 
@@ -50,6 +51,17 @@ def test_images_and_classes_are_those_of_torchvision(folder):
         assert torch.equal(image, as_tensor(np.array(expected)[None])[0])
     assert dataset.train_labels.dtype == torch.int64
     assert (dataset.title, dataset.augment, dataset.train_groups) == ("tiny (PNG)", True, None)
+
+
+def test_grey_of_16_bits_counts_with_its_upper_8_and_of_32_is_refused(folder):
+    values = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2730
+    Image.fromarray(values).save(folder / "train/ant/z.png")
+    data = load(folder)
+    grey = torch.from_numpy((values >> 8).astype(np.uint8))
+    assert torch.equal(data.train_images[0], grey.expand(3, 4, 6))
+    Image.fromarray(np.zeros((4, 6), dtype=np.float32)).save(folder / "train/ant/z.tif")
+    with pytest.raises(InputError, match=r"z\.tif.*its pixels are of 32 bits"):
+        load(folder)
 
 
 def test_classes_of_test_have_the_numbers_of_train(folder):

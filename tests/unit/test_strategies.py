@@ -357,7 +357,7 @@ def test_all_widths_of_a_client_fit_its_budget_as_they_run():
     data = Dataset(
         "made up", images, torch.arange(40) % 10, images[:4], torch.arange(4), 10, (0.5,) * 3, (0.3,) * 3, False
     )
-    plan = solve(graph, [(alone + needed) // 2], spec, verify=False)
+    plan = solve(graph, [Tier(name="tier", budget_bytes=(alone + needed) // 2, share=1)], spec, verify=False)
     settings = RunSettings(
         strategy="fjord", dataset="made", rounds=13, clients=2, cohort_size=2, local_batch=8, enforce=True
     )

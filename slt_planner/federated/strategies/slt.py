@@ -26,8 +26,8 @@ class SuccessiveLayerTraining:
         self._last_rounds = list(accumulate(deal_rounds(rounds, [s.rounds_fraction for s in plan.stages])))
 
     def tier_steps(self, tier: str) -> tuple[ClientStep, ...]:
-        """The tier's stages; none for an infeasible tier."""
-        return self._stages[tier]
+        """The tier's stages; none for an infeasible tier, and for one without clients."""
+        return self._stages.get(tier, ())
 
     def stage(self, state: ServerState) -> int:
         """The stage that the next round belongs to: the planned one, or a later one if plateaus ended stages sooner."""

@@ -10,11 +10,14 @@ from slt_planner.planning.plan import Plan
 class SmallNetwork(OneStepATier):
     """The whole network at one width, for every tier and all rounds (McMahan et al., arXiv 1602.05629).
 
+    It is that of the weakest tier that holds any; still weaker ones sit out.
+
     Raises:
-        InfeasibleError: not even the narrowest network fits.
+        InfeasibleError: not even the narrowest network fits any tier.
     """
 
     def __init__(self, plan: Plan, graph: ModelGraph) -> None:
-        weakest = min(plan.tiers, key=lambda tier: tier.budget_bytes)
-        (step,) = fitting_steps("small", plan, graph, WIDTHS, [weakest]).values()
-        super().__init__({tier.name: step for tier in plan.tiers})
+        held = fitting_steps("small", plan, graph, WIDTHS)
+        taking_part = [tier for tier in plan.tiers if tier.name in held]
+        weakest = min(taking_part, key=lambda tier: tier.budget_bytes)
+        super().__init__({tier.name: held[weakest.name] for tier in taking_part})

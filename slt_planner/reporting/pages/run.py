@@ -46,6 +46,12 @@ class StageOfRun:
     seconds: float
 
 
+def _ruler(run: RunResult) -> str:
+    """How clients' steps were measured: at the local batch, and those of workers on one thread."""
+    spec = run.plan.spec.settings.with_batch(run.settings.local_batch)
+    return ruler(run.plan, spec.model_copy(update={"threads": 1}) if run.settings.workers > 1 else spec)
+
+
 def run_page(results: Sequence[RunResult], texts: Mapping[str, str], command: str | None) -> str:
     """Runs compared, as HTML; `texts` is the table in the formats that can be copied."""
     labelled = list(zip(run_labels(results), results, strict=True))
@@ -62,7 +68,7 @@ def run_page(results: Sequence[RunResult], texts: Mapping[str, str], command: st
         "data": data,
         "metric": metric_title(results),
         "commands": run_commands(results),
-        "rulers": list(dict.fromkeys(ruler(run.plan) for run in results)),
+        "rulers": list(dict.fromkeys(map(_ruler, results))),
         "runs": labelled,
         "groups": groups,
         "summaries": [Summary.of(group) for group in groups],
