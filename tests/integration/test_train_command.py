@@ -236,7 +236,10 @@ def test_what_does_not_go_with_resume_is_refused_in_one_line(command, stopped, t
         (["--plan", "plan.json", "--rounds-policy", "x"], "--rounds-policy 'x': known are planned, plateau"),
         (["--plan", "plan.json", "--rounds-policy", "plateau", "--strategy", "small"], "for stages; small has none"),
         (["--plan", "plan.json", "--rounds-policy", "plateau", "--plateau-patience", "0"], "--plateau-patience 0: "),
-        (["--plan", "plan.json", "--plateau-threshold", "nan"], "--plateau-threshold nan: "),
+        (
+            ["--plan", "plan.json", "--rounds-policy", "plateau", "--plateau-threshold", "nan"],
+            "--plateau-threshold nan: ",
+        ),
         (["--plan", "plan.json", "--seed", "4294967295", "--seeds", "2"], "--seed 4294967296: "),
         (["--plan", "plan.json", "--seeds", "0"], "--seeds"),
         (["--plan", "plan.json", "--checkpoint-every", "0"], "--checkpoint-every"),
