@@ -51,13 +51,13 @@ def load_dataset(
     ``labels``, ``fine_label`` or ``character``, an integer. A column ``writer_id``, ``client_id`` or ``user_id``,
     numbers or strings, says whose it is.
 
-    ``imagefolder:DIR``: DIR holds the folders train and test (or, where there is no test, val), each with a folder of
-    image files for every class. Classes are numbered in the order of their names in train.
+    ``imagefolder:DIR``: DIR holds the folders train and test (or, where there is no test, val or valid), each with a
+    folder of image files for every class. Classes are numbered in the order of their names in train.
 
     ``masks:DIR``: the class of every pixel. DIR holds the folders train and test (or, where there is no test,
-    val), each with the folders images and masks. images holds .png, .jpg or .jpeg files; masks holds a .png file of
-    the same stem for each, 8-bit greyscale or palette, whose numbers are the classes, 255 for pixels that do not
-    count.
+    val or valid), each with the folders images and masks. images holds .png, .jpg or .jpeg files; masks holds a .png
+    file of the same stem for each, 8-bit greyscale or palette, whose numbers are the classes, 255 for pixels that do
+    not count.
 
     ``femnist:DIR``: FEMNIST as LEAF writes it. DIR holds the folders train and test with .json files: `users`,
     `num_samples` and `user_data`, in which each user has images ``x``, 784 numbers in 0..1 each, and classes ``y``.

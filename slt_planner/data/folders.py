@@ -19,7 +19,7 @@ def check_folder(name: str, folder: Path, needed: str) -> None:
 
 
 def split_folders(name: str, folder: Path, each: str) -> tuple[Path, Path]:
-    """The folders train and test (or, where there is no test, val); `each` says what they hold.
+    """The folders train and test (or, where there is no test, val or valid); `each` says what they hold.
 
     Raises:
         InputError: a folder is missing.
@@ -28,7 +28,7 @@ def split_folders(name: str, folder: Path, each: str) -> tuple[Path, Path]:
     check_folder(name, folder, needed)
     train, test = folder / "train", folder / "test"
     if not test.is_dir():
-        test = folder / "val"
+        test = next((other for name in ("val", "valid") if (other := folder / name).is_dir()), folder / "val")
     for split, names in ((train, "train"), (test, "test or val")):
         if not split.is_dir():
             raise InputError(f"dataset {name}: the folder has no {names}; it needs {needed}")

@@ -29,6 +29,18 @@ from slt_planner.submodel.extract import extract
 from slt_planner.units import parse_bytes
 
 _MOST_COUNTS = 100_000
+_DIFFERS = {
+    "settings": "it has other settings",
+    "plan": "it has another plan",
+    "metric": "its network is judged by something else",
+    "dataset_title": "its data set is another one",
+    "train_images": "its data set has changed",
+    "test_images": "its data set has changed",
+    "mean": "its data set has changed",
+    "std": "its data set has changed",
+    "head_scale": "another width fits its budget on this machine",
+}
+"""What makes a run another one than its folder was begun with, by what is compared."""
 
 
 def run_experiment(
@@ -218,11 +230,11 @@ def _last_config(run: Run, rows: Sequence[RoundRow]) -> Config:
 def _check_same(run: Run, begun: RunResult, folder: Path) -> None:
     """Whether a run is the one that a folder was begun with; its measured peaks are those of this machine."""
     own = _empty_result(run, begun.environment)
-    for name in ("settings", "plan", "metric", "dataset_title", "train_images", "test_images", "head_scale"):
+    for name in _DIFFERS:
         now, then = getattr(own, name), getattr(begun, name)
-        if now != then:
-            told = f", {then}, and is {now} here" if isinstance(then, (str, int, float)) else ""
-            raise InputError(f"run {folder}: its {name.replace('_', ' ')} was another one when it began{told}")
+        if now != then and (then is not None or name == "head_scale"):  # older versions kept no mean and std
+            told = f" ({name.replace('_', ' ')}: {then} then, {now} now)" if isinstance(then, (str, int, float)) else ""
+            raise InputError(f"run {folder}: is not the one that was begun here: {_DIFFERS[name]}{told}")
 
 
 def _empty_result(run: Run, made_on: dict[str, str]) -> RunResult:

@@ -208,14 +208,17 @@ def test_another_run_is_not_continued_in_this_folder(crashed, begun):
         plan = changes.pop("plan", tiny_runs.scheduled_plan())
         continue_run(prepared(plan, changes.pop("data", tiny_runs.dataset()), checkpoint_every=4, **changes), crashed)
 
-    with pytest.raises(InputError, match="its settings was another one when it began"):
+    with pytest.raises(InputError, match="not the one that was begun here: it has other settings"):
         continued(seed=4)
-    with pytest.raises(InputError, match="its plan was another one when it began"):
+    with pytest.raises(InputError, match="it has another plan"):
         continued(plan=tiny_runs.full_plan())
     data = tiny_runs.dataset()
     fewer = type(data)(**{**vars(data), "test_images": data.test_images[:9], "test_labels": data.test_labels[:9]})
-    with pytest.raises(InputError, match="its test images was another one when it began, 23, and is 9 here"):
+    with pytest.raises(InputError, match=r"its data set has changed \(test images: 23 then, 9 now\)"):
         continued(data=fewer)
+    other = type(data)(**{**vars(data), "mean": (0.5, 0.4, 0.4)})  # as many images, but not the same ones
+    with pytest.raises(InputError, match="its data set has changed"):
+        continued(data=other)
 
 
 def test_one_process_at_a_time(crashed, begun):

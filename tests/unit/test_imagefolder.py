@@ -71,8 +71,9 @@ def test_classes_of_test_have_the_numbers_of_train(folder):
     assert torch.equal(dataset.test_images, as_tensor(random_pixels(5)[[1, 0]]))
 
 
-def test_val_serves_where_there_is_no_test(folder):
-    save(folder / "val" / "bee" / "0.png", random_pixels(1)[0])
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_val_serves_where_there_is_no_test(folder, name):
+    save(folder / name / "bee" / "0.png", random_pixels(1)[0])
     assert load(folder).test_labels.tolist() == [0, 2]
     (folder / "test").rename(folder / "other")
     assert load(folder).test_labels.tolist() == [1]
