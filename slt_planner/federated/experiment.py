@@ -5,12 +5,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from slt_planner.config import Config, Norms
 from slt_planner.data.datasets import Dataset
 from slt_planner.environment import environment
-from slt_planner.errors import InputError
+from slt_planner.errors import InputError, first_invalid
 from slt_planner.federated.checkpoint import load_checkpoint, save_checkpoint
 from slt_planner.federated.engines.base import Engine
 from slt_planner.federated.engines.batched import BatchedEngine
@@ -198,7 +199,10 @@ def train(
     if "learning_rate" in given:
         defaults["final_learning_rate"] = given["learning_rate"] / 10
     chosen = defaults | {name: value for name, value in given.items() if value is not None}
-    run_settings = RunSettings.model_validate({"strategy": strategy, "dataset": dataset, **chosen})
+    try:
+        run_settings = RunSettings.model_validate({"strategy": strategy, "dataset": dataset, **chosen})
+    except ValidationError as error:
+        raise InputError(first_invalid(error)) from error
     return run_experiment(prepare(plan, run_settings, data, network), Path(out), force)
 
 

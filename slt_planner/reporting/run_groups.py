@@ -1,12 +1,14 @@
 """Runs put together: those that repeat one another with another seed, and what is said of each."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import stdev
 
 from slt_planner.federated.result import RoundRow, RunResult, RunTier
-from slt_planner.reporting.words import scale_text, shorten
+from slt_planner.reporting.words import count, scale_text, shorten
 
 Confusion = tuple[tuple[int, ...], ...]
 
@@ -141,6 +143,28 @@ def stopped_sentence(label: str, result: RunResult) -> str:
         else "before its first round ended"
     )
     return f"{label} was stopped {done}: its figures are not final"
+
+
+def unused_words(run: RunResult) -> str:
+    """How many updates were refused, and why most often; in how many rounds none was used. Empty if all is well."""
+    reasons = Counter(re.sub(r"[0-9.e+]+ times", "many times", own.reason) for row in run.rows for own in row.refusals)
+    idle = sum(row.clients == row.dropped_out + row.stragglers + row.refused for row in run.rows)
+    parts = []
+    if reasons:
+        most_often = shorten(reasons.most_common(1)[0][0])
+        parts.append(f"{count(sum(reasons.values()), 'update')} refused (most often: {most_often})")
+    if idle:
+        parts.append(f"no update was used in {idle} of {count(len(run.rows), 'round')}")
+    return "; ".join(parts)
+
+
+def sitting_out_words(run: RunResult) -> str:
+    """Whose clients never trained; empty where all could."""
+    tiers = [tier for tier in run.tiers if tier.clients and not tier.takes_part]
+    clients = sum(tier.clients for tier in run.tiers)
+    names = ", ".join(shorten(tier.name, 24) for tier in tiers)
+    out = sum(tier.clients for tier in tiers)
+    return f"{out:,} of {count(clients, 'client')} sit out ({names}): nothing of the method fits them" if tiers else ""
 
 
 def dataset_titles(results: Sequence[RunResult]) -> str:

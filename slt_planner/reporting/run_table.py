@@ -1,7 +1,5 @@
 """Runs as a table for a terminal."""
 
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from rich.console import Group, RenderableType
@@ -21,8 +19,9 @@ from slt_planner.reporting.run_groups import (
     spread,
     stopped_sentence,
     tightest_tier,
+    unused_words,
 )
-from slt_planner.reporting.words import NOTHING, count, megabytes, shorten
+from slt_planner.reporting.words import NOTHING, megabytes, shorten
 
 _WIDTH = 80
 _Column = tuple[str, Callable[[RunResult], str], Callable[[RunGroup], str]]
@@ -55,7 +54,7 @@ def run_table(results: Sequence[RunResult]) -> RenderableType:
     stopped += [
         Text(f"{label}: {words}.", style="bold yellow")
         for label, result in zip(labels, results, strict=True)
-        if (words := _unused(result))
+        if (words := unused_words(result))
     ]
     each = f", after {rounds[0]} rounds" if len(rounds) == 1 else ""
     note = (
@@ -64,19 +63,6 @@ def run_table(results: Sequence[RunResult]) -> RenderableType:
         "Peak: of the tier nearest to its budget, allocator ruler."
     )
     return Group(table, Text(""), *stopped, Text(note, style="dim"))
-
-
-def _unused(run: RunResult) -> str:
-    """How many updates were refused, and why most often; in how many rounds none was used. Empty if all is well."""
-    reasons = Counter(re.sub(r"[0-9.e+]+ times", "many times", own.reason) for row in run.rows for own in row.refusals)
-    idle = sum(row.clients == row.dropped_out + row.stragglers + row.refused for row in run.rows)
-    parts = []
-    if reasons:
-        most_often = shorten(reasons.most_common(1)[0][0])
-        parts.append(f"{count(sum(reasons.values()), 'update')} refused (most often: {most_often})")
-    if idle:
-        parts.append(f"no update was used in {idle} of {count(len(run.rows), 'round')}")
-    return "; ".join(parts)
 
 
 def _columns(rounds: bool, spreads: bool) -> list[_Column]:

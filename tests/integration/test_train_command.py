@@ -171,6 +171,9 @@ def test_what_was_not_used_and_who_sat_out_is_told(command, tmp_path):
     told = " ".join(done.out.split())
     assert "slt-seed0: 21 updates refused (most often: its training loss is not finite)" in told
     assert "no update was used in 3 of 3 rounds" in told
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "3 of 10 clients sit out (tiny)" in page
+    assert "no update was used in 3 of 3 rounds" in page
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ from slt_planner.reporting.run_groups import (
     round_seconds,
     run_groups,
     run_labels,
+    sitting_out_words,
     stopped_sentence,
+    unused_words,
 )
 from slt_planner.reporting.words import model_title, ruler
 
@@ -72,6 +74,12 @@ def run_page(results: Sequence[RunResult], texts: Mapping[str, str], command: st
         "runs": labelled,
         "groups": groups,
         "summaries": [Summary.of(group) for group in groups],
+        "notes": [
+            f"{label}: {words}"
+            for label, run in labelled
+            for words in (sitting_out_words(run), unused_words(run))
+            if words
+        ],
         "stopped": [stopped_sentence(label, run) for label, run in labelled if run.status == "stopped"],
         "over_rounds": over_rounds,
         "over_bytes": over_bytes,
