@@ -48,6 +48,15 @@ class StageOfRun:
     seconds: float
 
 
+def _notes(labelled: Sequence[tuple[str, RunResult]]) -> list[str]:
+    """What a reader must know of some runs; what is the same for several is said once."""
+    runs_of: dict[str, list[str]] = {}
+    for label, run in labelled:
+        for words in filter(None, (sitting_out_words(run), unused_words(run))):
+            runs_of.setdefault(words, []).append(label)
+    return [f"{', '.join(labels)}: {words}" for words, labels in runs_of.items()]
+
+
 def _ruler(run: RunResult) -> str:
     """How clients' steps were measured: at the local batch, and those of workers on one thread."""
     spec = run.plan.spec.settings.with_batch(run.settings.local_batch)
@@ -74,12 +83,7 @@ def run_page(results: Sequence[RunResult], texts: Mapping[str, str], command: st
         "runs": labelled,
         "groups": groups,
         "summaries": [Summary.of(group) for group in groups],
-        "notes": [
-            f"{label}: {words}"
-            for label, run in labelled
-            for words in (sitting_out_words(run), unused_words(run))
-            if words
-        ],
+        "notes": _notes(labelled),
         "stopped": [stopped_sentence(label, run) for label, run in labelled if run.status == "stopped"],
         "over_rounds": over_rounds,
         "over_bytes": over_bytes,
