@@ -23,6 +23,7 @@ from slt_planner.federated.result import RoundRow, RunResult, RunSettings, RunTi
 from slt_planner.federated.rounds import EVALUATION_STREAM, run_round
 from slt_planner.federated.run_folder import SPLIT, TENSORBOARD, RunFolder, load_run
 from slt_planner.federated.setup import Run, default_settings, load_data, load_network, prepare
+from slt_planner.federated.strategies.base import ServerState
 from slt_planner.federated.tensorboard_log import TensorboardLog
 from slt_planner.memory.step import threads
 from slt_planner.planning.plan import Plan
@@ -92,7 +93,7 @@ def continue_run(
         result = load_run(folder)
         _check_same(run, result, folder)
         state = load_checkpoint(folder, run.graph, run.start) or run.start
-        rows, outcome = run_folder.keep_rounds(state.round), dict[str, object]()
+        rows, outcome, weights = run_folder.keep_rounds(state.round), dict[str, object](), None
         if not (folder / SPLIT).exists():
             run.images_of.save(folder / SPLIT)
         engine = engine or _engine(run.settings)
@@ -107,16 +108,12 @@ def continue_run(
                         save_checkpoint(folder, run.graph, state)
                     log.add(row)
                     progress(row)
-                config = _last_config(run, rows)
-                outcome = judge(
-                    run, recalibrate(run.graph, state.weights, config, run.dataset, run.settings.seed), config
-                )
+                weights = _recalibrated(run, state, rows)
+                outcome = judge(run, weights, _last_config(run, rows))
             except KeyboardInterrupt:  # what is done is kept, and the result says "stopped"
                 save_checkpoint(folder, run.graph, state)
         result = _with_rows(result, rows).model_copy(update=outcome)
-        trained = _last_config(run, rows)
-        weights = recalibrate(run.graph, state.weights, trained, run.dataset, run.settings.seed)
-        run_folder.write_weights(weights, trained)
+        run_folder.write_weights(weights or _recalibrated(run, state, rows), _last_config(run, rows))
         run_folder.write_settings(result)  # after the weights: what is finished has them
         if result.status == "finished":
             run_folder.remove_checkpoint()
@@ -196,8 +193,8 @@ def train(
     minimum = settings.get("minimum_samples", 2)
     defaults = default_settings(plan, data, clients, scheme, minimum).model_dump(exclude={"images_a_client"})
     given = {"rounds": rounds, **settings}
-    if "learning_rate" in given:
-        defaults["final_learning_rate"] = given["learning_rate"] / 10
+    if isinstance(rate := settings.get("learning_rate"), (int, float)):
+        defaults["final_learning_rate"] = rate / 10
     chosen = defaults | {name: value for name, value in given.items() if value is not None}
     try:
         run_settings = RunSettings.model_validate({"strategy": strategy, "dataset": dataset, **chosen})
@@ -224,6 +221,11 @@ def judge(run: Run, weights: Mapping[str, Tensor], config: Config) -> dict[str, 
         if norms == "static" and counts.numel() <= _MOST_COUNTS:
             outcome["confusion"] = tuple(map(tuple, counts.tolist()))
     return outcome
+
+
+def _recalibrated(run: Run, state: ServerState, rows: Sequence[RoundRow]) -> dict[str, Tensor]:
+    """The weights with running statistics of what was trained last."""
+    return recalibrate(run.graph, state.weights, _last_config(run, rows), run.dataset, run.settings.seed)
 
 
 def _last_config(run: Run, rows: Sequence[RoundRow]) -> Config:

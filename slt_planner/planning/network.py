@@ -63,9 +63,13 @@ def _classes_to_try(name: nn.Module | str, planned: int) -> list[int | None]:
 
 
 def _difference(plan: NamesNetwork, graph: ModelGraph) -> str:
-    names = tuple(unit.name for unit in graph.units)
+    """What tells a network from the planned one, as far as a plan knows that."""
+    names, planned = tuple(unit.name for unit in graph.units), plan.model.unit_names
     if graph.num_classes != plan.num_classes:
         return f"it has {graph.num_classes} classes, planned was one of {plan.num_classes}"
-    if names != plan.model.unit_names:
-        return f"it has {len(names)} units ({', '.join(names)}), planned were {', '.join(plan.model.unit_names)}"
+    if len(names) != len(planned):
+        return f"it has {len(names)} units, planned was one of {len(planned)}"
+    for number, (own, other) in enumerate(zip(names, planned, strict=True), start=1):
+        if own != other:
+            return f"its unit {number} is {own}, planned was {other}"
     return f"its units are the same, but not what they compute (graph {graph.hash}, not {plan.model.graph_hash})"
