@@ -154,7 +154,7 @@ def test_a_run_of_a_network_that_was_given_goes_on_only_with_it(tmp_path, monkey
         run_experiment(begun, tmp_path / "run", progress=crash_after(3))
     with pytest.raises(InputError, match="the plan names no model; pass the network it was made for"):
         resume(tmp_path / "run")
-    with pytest.raises(InputError, match="the model is not the plan.s: its unit 2 is 2, planned was 3"):
+    with pytest.raises(InputError, match=r"the model is not the plan's: its unit 2 is 2, planned was 3"):
         resume(tmp_path / "run", nn.Sequential(*list(network())[:2], *list(network())[3:]))
     resume(tmp_path / "run", network(seed=5))  # its weights are those of the checkpoint
     assert_same_run(tmp_path / "whole", tmp_path / "run")
