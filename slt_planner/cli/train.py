@@ -18,6 +18,7 @@ from slt_planner.federated.run_folder import METRICS, PICTURE, REPORT, SETTINGS,
 from slt_planner.files import check_writable, refuse_existing
 from slt_planner.planning.plan import Plan, load_plan
 from slt_planner.reporting.report import report as write_report
+from slt_planner.reporting.run_groups import sitting_out_words
 from slt_planner.reporting.terminal import run_table
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def train(
         check_writable([out / METRICS])
         wanted = [(name, number) for name in strategies for number in range(seed, seed + seeds)]
         runs = _new_runs(loaded, model, wanted, given, fixed, of_stages, download, progress_console)
-        results = _continue_all(_begin_all(runs, out, force), progress_console, go_on)
+        results = _continue_all(_begin_all(runs, out, force, progress_console), progress_console, go_on)
     write_report(results, out / REPORT, force=True, command=command_line(), picture=out / PICTURE)
     if json_output:
         print("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")
@@ -281,27 +282,10 @@ def _new_runs(
         for number, (name, seed) in enumerate(wanted, start=1):
             status.update(f"measuring what clients of {name} train ({number} of {len(wanted)} runs)")
             runs.append(prepare(plan, settings_of(name, seed, sizes), data, networks[seed]))
-    for run in runs:
-        if line := _sitting_out(run):
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
     return runs
 
 
-def _sitting_out(run: "Run") -> str:
-    """Whose clients never train; empty where all do."""
-    counts = {
-        tier.name: run.tier_of.count(place)
-        for place, tier in enumerate(run.plan.tiers)
-        if not run.strategy.tier_steps(tier.name) and place in run.tier_of
-    }
-    if not counts:
-        return ""
-    tiers = "tier " + ", ".join(counts) if len(counts) == 1 else "tiers " + ", ".join(counts)
-    out = f"{sum(counts.values())} of {len(run.tier_of)} clients sit out: {tiers} can hold nothing of it"
-    return f"{run.settings.strategy}: {out}"
-
-
-def _begin_all(runs: "Sequence[Run]", out: Path, force: bool) -> "list[tuple[Path, Run]]":
+def _begin_all(runs: "Sequence[Run]", out: Path, force: bool, console: Console) -> "list[tuple[Path, Run]]":
     """Each with its folder, which is there from now on; so all can be resumed, whatever happens to the first."""
     from slt_planner.federated.experiment import begin_run
 
@@ -310,7 +294,8 @@ def _begin_all(runs: "Sequence[Run]", out: Path, force: bool) -> "list[tuple[Pat
     begun = []
     for run in runs:
         folder = out if len(runs) == 1 else out / f"{run.settings.strategy}-seed{run.settings.seed}"
-        begin_run(run, folder, force)
+        if words := sitting_out_words(begin_run(run, folder, force)):
+            console.print(f"{run.settings.strategy}: {words}", soft_wrap=True, markup=False, highlight=False)
         begun.append((folder, run))
     return begun
 

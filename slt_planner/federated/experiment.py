@@ -66,10 +66,12 @@ def run_experiment(
     return continue_run(run, folder, progress)
 
 
-def begin_run(run: Run, folder: Path, force: bool = False) -> None:
-    """Make the folder of a run, from which `continue_run` can go on; as `run_experiment`."""
+def begin_run(run: Run, folder: Path, force: bool = False) -> RunResult:
+    """Make the folder of a run, from which `continue_run` can go on, and give what it holds; as `run_experiment`."""
     with threads(run.plan.step) as number:
-        RunFolder(folder).begin(_empty_result(run, environment(number)), force)
+        begun = _empty_result(run, environment(number))
+    RunFolder(folder).begin(begun, force)
+    return begun
 
 
 def continue_run(

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from slt_planner.config import Config
@@ -51,9 +52,9 @@ def load_trained(folder: str | Path, model: nn.Module | str | None = None) -> Tr
     _, graph = planned_network(result.plan, model)
     try:
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-            config = Config.model_validate_json(file.metadata()["config"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except Exception as error:  # safetensors raises its own errors, OSError and more
+            config = Config.model_validate_json((file.metadata() or {}).get("config", ""))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError, ValidationError) as error:
         raise InputError(f"run {folder}: {WEIGHTS} cannot be read; it is there when a run has ended") from error
     network = extract(graph, weights, config, norms="running")
     return TrainedNetwork(network, result.mean, result.std).eval()

@@ -163,16 +163,28 @@ def test_what_was_not_used_and_who_sat_out_is_told(command, tmp_path):
     graph = trace(load_model("convnet", 10, (1, 8, 8)), (1, 8, 8))
     tiers = [Tier(name="tiny", budget_bytes=1000, share=0.3), Tier(name="roomy", budget_bytes=10**9, share=0.7)]
     solve(graph, tiers, StepSpec(batch_size=16, threads=1), "convnet").save(tmp_path / "plan.json")
-    words = ["--plan", "plan.json", "--rounds", "3", "--strategy", "slt,small", "--learning-rate", "1e20"]
-    done = command("slt-train", *words, "--out", "run")
+    words = [
+        "--plan",
+        "plan.json",
+        "--rounds",
+        "3",
+        "--strategy",
+        "slt,small",
+        "--learning-rate",
+        "1e20",
+        "--local-batch",
+        "4",
+    ]
+    done = command("slt-train", *words, "--learning-rate", "1e20", "--out", "run")
     assert done.code == 0, done.err
     for name in ("slt", "small"):
-        assert f"{name}: 3 of 10 clients sit out: tier tiny can hold nothing of it" in done.err
+        assert f"{name}: 3 of 10 clients sit out (tiny): nothing of the method fits them" in done.err
     told = " ".join(done.out.split())
     assert "slt-seed0: 21 updates refused (most often: its training loss is not finite)" in told
     assert "no update was used in 3 of 3 rounds" in told
     page = (tmp_path / "run" / "report.html").read_text()
     assert "3 of 10 clients sit out (tiny)" in page
+    assert "Measured: allocator ruler, CPU, batch 4," in page  # at which clients trained
     assert "no update was used in 3 of 3 rounds" in page
 
 

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 from slt_planner.config import Config, StepSpec
 from slt_planner.errors import InfeasibleError
-from slt_planner.federated.nested_widths import check_nested, nested_peak
+from slt_planner.federated.nested_widths import nested_peak
 from slt_planner.federated.strategies.base import ClientStep, OneStepATier
 from slt_planner.federated.strategies.fitting import fitting_steps
 from slt_planner.graph.trace import ModelGraph
 from slt_planner.planning.largest import WIDTHS
 from slt_planner.planning.plan import Plan
-from slt_planner.submodel.extract import extract
 
 _STEPS = 5
 
@@ -30,8 +29,6 @@ class OrderedDropout(OneStepATier):
 
     def __init__(self, plan: Plan, graph: ModelGraph) -> None:
         fitting = fitting_steps("fjord", plan, graph, WIDTHS)
-        for step in fitting.values():
-            check_nested(extract(graph, None, step.config, plan.step.norms, on_meta=True), _widths(step.config))
         budgets = {tier.name: tier.budget_bytes for tier in plan.tiers}
         nested = {tier: _nested(graph, plan.spec, step, budgets[tier]) for tier, step in fitting.items()}
         steps = {tier: step for tier, step in nested.items() if step is not None}
